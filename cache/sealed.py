@@ -1,0 +1,224 @@
+"""Sealed files: reading by header alone, and checking every byte.
+
+A sealed file is an ordinary HDF5 file whose user block says where every dataset lies and what
+its SHA-256 is. Reading uses that header only; the HDF5 library never parses a file.
+"""
+
+import hashlib
+import importlib
+import mmap
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from cache.durable import storage_errors
+from cache.errors import CacheFormatError
+from cache.header import MAGIC, PREFIX, Extent, Header
+from cache.header_reader import parse_header, prefix_length
+
+if TYPE_CHECKING:
+    from cache.skeleton import Skeleton
+
+FIRST_READ = 1 << 16
+
+
+def build_skeleton(
+    datasets: Mapping[str, tuple[str, tuple[int, ...]]], userblock: int
+) -> "Skeleton":
+    """The skeleton of a file; h5py is imported only here, so that reading never needs it."""
+    built: Skeleton = importlib.import_module("cache.skeleton").build(datasets, userblock)
+    return built
+
+
+def gaps(spans: Iterable[tuple[int, int]], start: int, size: int) -> Iterator[tuple[int, int]]:
+    """The stretches from `start` to `size` that no span covers."""
+    for first, last in sorted(spans):
+        if start < first:
+            yield start, first
+        start = max(start, last)
+    if start < size:
+        yield start, size
+
+
+def spans_of(extents: Iterable[Extent]) -> list[tuple[int, int]]:
+    """Where datasets begin and end, those without bytes left out."""
+    return [(e.offset, e.offset + e.nbytes) for e in extents if e.nbytes]
+
+
+@contextmanager
+def _where(path: Path) -> Iterator[None]:
+    """Puts the file's name before what a check says about it."""
+    try:
+        yield
+    except CacheFormatError as error:
+        raise CacheFormatError(str(error), where=path) from error
+
+
+class SealedFile:
+    """A sealed file, open for reading; every dataset is digested when it is first touched.
+
+    Args:
+        path: the file. Symbolic links are followed; only a regular file is read.
+
+    Raises:
+        CacheFormatError: missing, foreign, damaged, incomplete or of a newer version.
+        StorageError: the operating system refused to read it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map: mmap.mmap | None = None
+        self._verified: set[str] = set()
+        with _where(path):
+            self._fd = _open(path)
+            try:
+                with storage_errors(path):
+                    self.header = self._read_header()
+            except BaseException:
+                self.close()
+                raise
+
+    def _read_header(self) -> Header:
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            what = "not a regular file"
+            raise CacheFormatError(what, do="Name a knowledge cache.")
+        raw = os.pread(self._fd, FIRST_READ, 0)
+        wanted = PREFIX + prefix_length(raw[:PREFIX])
+        while len(raw) < wanted:
+            more = os.pread(self._fd, wanted - len(raw), len(raw))
+            if not more:
+                do = "The copy may be incomplete; fetch the file again."
+                what = "the file ends inside its header"
+                raise CacheFormatError(what, do=do)
+            raw += more
+        return parse_header(raw, found.st_size)
+
+    def close(self) -> None:
+        """Lets go of the file; arrays that were given out stay readable."""
+        self._map = None
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def bytes(self) -> memoryview:
+        """The whole file, mapped read-only."""
+        if self._map is None:
+            with _where(self.path), storage_errors(self.path):
+                if self._fd < 0:
+                    what = "the cache was closed"
+                    raise CacheFormatError(what)
+                if os.fstat(self._fd).st_size != self.header.size:
+                    what = "the file changed its size while it was open"
+                    raise CacheFormatError(what)
+                self._map = mmap.mmap(self._fd, self.header.size, access=mmap.ACCESS_READ)
+        return memoryview(self._map)
+
+    def array(self, name: str, *, check: bool = True) -> np.ndarray:
+        """A dataset as a read-only view of the file; `check=False` leaves the digest for later.
+
+        Raises:
+            CacheFormatError: its bytes are not those that were sealed.
+        """
+        extent = self.header.extents[name]
+        if check and name not in self._verified:
+            self.verify_dataset(name)
+        dtype = np.dtype("u1" if extent.dtype == "u1" else "<" + extent.dtype)
+        if extent.nbytes == 0:
+            empty = np.empty(extent.shape, dtype)
+            empty.flags.writeable = False
+            return empty
+        count = extent.nbytes // dtype.itemsize
+        flat = np.frombuffer(self.bytes, dtype, count=count, offset=extent.offset)
+        return flat.reshape(extent.shape)
+
+    def verify_dataset(self, name: str) -> None:
+        """Nothing, if the bytes of one dataset are those that were sealed.
+
+        Raises:
+            CacheFormatError: they are not.
+        """
+        extent = self.header.extents[name]
+        raw = self.bytes[extent.offset : extent.offset + extent.nbytes] if extent.nbytes else b""
+        if hashlib.sha256(raw).hexdigest() != extent.sha256:
+            what, do = f"dataset {name} is damaged: its digest differs", "Fetch the file again."
+            raise CacheFormatError(what, where=self.path, do=do)
+        self._verified.add(name)
+
+    def verify_bytes(self) -> None:
+        """Nothing, if every byte of the file is the one that was sealed.
+
+        Raises:
+            CacheFormatError: one is not; the message says in which part.
+        """
+        header, raw = self.header, self.bytes
+        length = PREFIX + prefix_length(bytes(raw[:PREFIX]))
+        if any(raw[length : header.userblock]):
+            what = "the padding after the header is not zero"
+            raise CacheFormatError(what, where=self.path)
+        for name in header.extents:
+            self.verify_dataset(name)
+        rest = hashlib.sha256()
+        for start, stop in gaps(spans_of(header.extents.values()), header.userblock, header.size):
+            rest.update(raw[start:stop])
+        if rest.hexdigest() != header.rest:
+            what, do = "the HDF5 structure is damaged: its digest differs", "Fetch the file again."
+            raise CacheFormatError(what, where=self.path, do=do)
+
+    def verify_structure(self) -> None:
+        """Nothing, if the HDF5 part holds the datasets of the header and nothing else.
+
+        The structure is built again from the header and compared byte by byte, so that what HDF5
+        tools show is what this reader reads, and the HDF5 library still sees no foreign byte.
+
+        Raises:
+            CacheFormatError: it holds something else, such as a link, a filter or an attribute.
+        """
+        header, raw = self.header, self.bytes
+        shapes = {name: (e.dtype, e.shape) for name, e in header.extents.items()}
+        skeleton = build_skeleton(shapes, header.userblock)
+        offsets = {name: e.offset for name, e in header.extents.items()}
+        same = dict(skeleton.offsets) == offsets and skeleton.size == header.size
+        between = gaps(spans_of(header.extents.values()), header.userblock, header.size)
+        if not same or any(raw[a:b] != skeleton.read(a, b) for a, b in between):
+            what = "the HDF5 structure is not the one its header describes"
+            do = "Do not open this file with HDF5 tools."
+            raise CacheFormatError(what, where=self.path, do=do)
+
+
+def _open(path: Path) -> int:
+    """A file descriptor; never waits for a FIFO or a device."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "there is no such file"
+        raise CacheFormatError(what, do="Check the path.") from error
+    except OSError as error:
+        with storage_errors(path):
+            raise
+        raise AssertionError from error  # pragma: no cover - storage_errors always raises
+
+
+def is_sealed(path: Path) -> bool:
+    """True if `path` is a file that starts like a sealed one."""
+    with suppress(OSError, CacheFormatError):
+        fd = _open(path)
+        try:
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+            prefix = os.pread(fd, PREFIX, 0) if regular else b""
+        finally:
+            os.close(fd)
+        return prefix[:6] == MAGIC[:6]
+    return False

@@ -1,0 +1,274 @@
+"""The command line: parses and calls, nothing more.
+
+Nothing of the project is imported before `main` has seen that the project's own packages are the
+ones that would be imported, and a stage only inside the command that needs it.
+"""
+
+import errno
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+PACKAGES = ("cache", "knowledge_extract", "prompt_tune")
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="vademecum",
+    help="An LLM's knowledge in a cache, and prompt tuning of vision-language models against it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+cache_app = typer.Typer(help="Look into sealed knowledge caches.", no_args_is_help=True)
+assets_app = typer.Typer(help="The embedded models and images.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+app.add_typer(assets_app, name="assets")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads it at run time
+    typer.Option("--set", help="Override a recipe value: a.b=value. May be repeated."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
+
+
+def _shadowed() -> str | None:
+    """What would be imported in place of a package of ours, or None."""
+    here = Path(__file__).resolve().parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        origin = spec.origin if spec is not None else None
+        if origin is None or Path(origin).resolve().parent.parent != here:
+            return f"{name}: found {origin or 'nothing'}, wanted {here / name}"
+        text = Path(origin).read_text(encoding="utf-8")
+        if 'DISTRIBUTION = "vademecum"' not in text:
+            return f"{name}: {origin} belongs to another distribution"
+    return None
+
+
+def _say(value: Any, as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(value, indent=2, sort_keys=True) if as_json else text)
+
+
+@app.command()
+def extract(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a preset by name.")],
+    out: Annotated[Path, typer.Option(help="The sealed cache to make.")],
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done.")] = False,
+    device: Device = "auto",
+    device_map: Annotated[str | None, typer.Option(help="accelerate's device map.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 8,
+    overwrite: Annotated[bool, typer.Option(help="Replace a cache of another recipe.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Stage one: reads a language model once into a sealed knowledge cache."""
+    from knowledge_extract import RunSettings, load_extract_recipe
+    from knowledge_extract import extract as run_extract
+    from knowledge_extract import plan as make_plan
+
+    resolved = load_extract_recipe(recipe, tuple(overrides or ()))
+    settings = RunSettings(device=device, device_map=device_map, batch_size=batch_size)
+    if plan:
+        planned = make_plan(resolved, out, settings)
+        _say(planned.to_json(), as_json, planned.describe())
+        return
+    result = run_extract(resolved, out, settings, overwrite=overwrite)
+    _say(result.to_json(), as_json, result.describe())
+
+
+@cache_app.command("inspect")
+def cache_inspect(file: Path, as_json: Json = False) -> None:
+    """Says what a cache holds and what made it."""
+    from cache.inspect import describe, inspect
+
+    _say(inspect(file), as_json, describe(file))
+
+
+@cache_app.command("verify")
+def cache_verify(
+    file: Path,
+    expect: Annotated[str | None, typer.Option(help="The content id it must have.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Checks every byte and the structure of a cache."""
+    from cache.inspect import verify
+
+    report = verify(file, expect=expect)
+    _say(report.to_json(), as_json, report.describe())
+
+
+@cache_app.command("layers")
+def cache_layers(file: Path, first: str, second: str, as_json: Json = False) -> None:
+    """Compares two blocks of hidden states layer by layer (cosine, largest difference)."""
+    from knowledge_extract.compare import compare_blocks, describe_comparison
+
+    rows = compare_blocks(file, first, second)
+    _say(rows, as_json, describe_comparison(rows))
+
+
+@app.command()
+def align(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a preset by name.")],
+    data: Annotated[str, typer.Option(help="Images: a declaration, folder, CSV, JSON or npz.")],
+    out: Annotated[Path, typer.Option(help="The backbone folder to make.")],
+    overrides: Overrides = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Makes a backbone of an image tower and a sentence encoder by training a projection."""
+    from prompt_tune.align_run import align_data, load_align_recipe
+
+    result = align_data(
+        load_align_recipe(recipe, tuple(overrides or ())), data=data, out=out, device=device
+    )
+    _say(result.to_json(), as_json, result.describe())
+
+
+@app.command()
+def tune(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a preset by name.")],
+    data: Annotated[str, typer.Option(help="Images: a declaration, folder, CSV, JSON or npz.")],
+    out: Annotated[Path, typer.Option(help="The run folder.")],
+    knowledge: Annotated[Path | None, typer.Option(help="A sealed knowledge cache.")] = None,
+    overrides: Overrides = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Replace a run of another recipe.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Stage two: tunes prompts against a cache; an unfinished run goes on where it stopped."""
+    from prompt_tune.recipe import load_tune_recipe
+    from prompt_tune.report import describe_run
+    from prompt_tune.setup import pick_device
+    from prompt_tune.tune import tune as run_tune
+
+    result = run_tune(
+        load_tune_recipe(recipe, tuple(overrides or ())),
+        data=data,
+        out=out,
+        knowledge=knowledge,
+        device=pick_device(device),
+        overwrite=overwrite,
+    )
+    _say(result.run, as_json, describe_run(result.run, out))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    part: Annotated[int | None, typer.Option(min=1, help="A stratified part: images.")] = None,
+    data: Annotated[str | None, typer.Option(help="Where the images are now.")] = None,
+    knowledge: Annotated[Path | None, typer.Option(help="Where the cache is now.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Metrics of a run with intervals, per-case predictions and figures."""
+    from prompt_tune.evaluate import evaluate as run_evaluate
+    from prompt_tune.report import describe_evaluation
+    from prompt_tune.setup import pick_device
+
+    found = run_evaluate(
+        run,
+        split=split,
+        part=part,
+        data=data,
+        knowledge=knowledge,
+        device=pick_device(device),
+    )
+    _say(found.result, as_json, describe_evaluation(found.result, found.folder))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders that were evaluated.")],
+    split: Annotated[str, typer.Option(help="The evaluated split, as its folder is named.")],
+    out: Annotated[Path | None, typer.Option(help="A folder for table.md and figures.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One table of evaluated runs: metrics with intervals, parameters and step times."""
+    from prompt_tune.compare import compare_runs
+
+    table = compare_runs(runs, split=split, out=out)
+    _say(table.rows, as_json, table.text)
+
+
+@assets_app.command("list")
+def assets_list(as_json: Json = False) -> None:
+    """The embedded assets: what they are, their licence, whether they are here."""
+    from cache.assets import describe_listing, listing
+
+    _say(listing(), as_json, describe_listing())
+
+
+@assets_app.command("fetch")
+def assets_fetch(
+    names: Annotated[Optional[list[str]], typer.Argument(help="All where none is named.")] = None,  # noqa: UP045
+) -> None:
+    """Fetches assets from the package index and checks their digests."""
+    from cache.assets import fetch, table
+
+    for name in names or sorted(table()):
+        typer.echo(f"{name}: {fetch(name)}")
+
+
+@assets_app.command("verify")
+def assets_verify(
+    names: Annotated[Optional[list[str]], typer.Argument(help="All where none is named.")] = None,  # noqa: UP045
+) -> None:
+    """Reads every byte of fetched assets again and compares digests."""
+    from cache.assets import verify
+
+    for name, state in verify(names or None).items():
+        typer.echo(f"{name}: {state}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="A folder for everything.")] = Path("runs/demo"),
+    full: Annotated[bool, typer.Option("--full", help="All splits, published budgets.")] = False,
+) -> None:
+    """The main job on real parts: the same commands a user would type, one after another."""
+    from prompt_tune.demo import commands
+
+    for line, arguments in commands(out, full=full):
+        typer.echo(f"\n$ vademecum {line}")
+        app(arguments, standalone_mode=False)
+
+
+def main() -> None:
+    """Entry point: refuses to run shadowed, and turns errors into one line and an exit code."""
+    if (wrong := _shadowed()) is not None:
+        typer.echo(
+            f"error: another package stands in the way: {wrong}. Remove it, or use a fresh venv.",
+            err=True,
+        )
+        raise SystemExit(7)
+    from cache.errors import VademecumError
+
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(arguments)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("The same command goes on where this one stopped.", err=True)
+        raise
+    except VademecumError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if debug or error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
+            raise
+        typer.echo(f"error: {error.filename or 'disk'}: {error.strerror}", err=True)
+        raise SystemExit(7) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Predicted peak memory of a pass, from the configuration alone."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from knowledge_extract.job import Job
+from knowledge_extract.model import decoder_layers, quiet
+from knowledge_extract.recipe import AnswersBlock
+from knowledge_extract.units import Unit
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes per weight of a quantised matrix: codes, and one fp32 scale per block of 64 (4 bit) or per
+# row (8 bit, negligible).
+QUANTISED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
+
+
+def _empty_model(config: Any) -> Any:
+    """The model's structure on the meta device: shapes without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def weight_bytes(config: Any, quantisation: str, dtype: str) -> int:
+    """Bytes of the weights: matrices of the decoder layers are quantised, nothing else is.
+
+    Raises:
+        ModelError: the decoder layers were not found.
+    """
+    from torch import nn
+
+    model = _empty_model(config)
+    plain = sum(p.numel() for p in model.parameters())
+    if quantisation == "none":
+        return plain * BYTES[dtype]
+    _, layers = decoder_layers(model, int(config.get_text_config().num_hidden_layers))
+    linear = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
+    return round(linear * QUANTISED[quantisation]) + (plain - linear) * BYTES[dtype]
+
+
+def peak_bytes(job: Job, quantisation: str, units: Sequence[Unit]) -> int:
+    r"""Weights, plus the largest unit's key-value cache, widest layer and logits.
+
+    With batch $B$ of $T$ tokens, width $d$, feed-forward width $f$, $L$ layers of $h$ key-value
+    heads of size $e$, vocabulary $V$ and $b$ bytes per number: $2LheBTb + BT(8d+3f)b + 8BV$, and
+    $B$ times more logits while prompts of $B$ different lengths are read.
+    """
+    config, dtype = job.config.get_text_config(), job.recipe.compute_dtype
+    number = BYTES[dtype]
+    width = int(config.hidden_size)
+    heads = int(config.num_attention_heads)
+    size = int(getattr(config, "head_dim", None) or width // heads)
+    shared = int(getattr(config, "num_key_value_heads", None) or heads)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * width)
+    largest = 0
+    for unit in units:
+        block = job.recipe.blocks.get(unit.task.source)
+        more = block.max_new_tokens + 1 if isinstance(block, AnswersBlock) else 0
+        lengths = [len(piece.reading.ids) for piece in unit.pieces]
+        batch, tokens = len(lengths), max(lengths) + more
+        memory = 2 * job.depth * shared * size * batch * tokens * number if more else 0
+        layer = batch * tokens * (8 * width + 3 * inner) * number
+        logits = 8 * batch * int(config.vocab_size) * (len(set(lengths)) if more else 1)
+        largest = max(largest, memory + layer + logits)
+    return weight_bytes(job.config, quantisation, dtype) + largest

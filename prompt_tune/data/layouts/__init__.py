@@ -1,0 +1,1 @@
+"""How images lie on disk: one file per layout, each offering `LAYOUT`."""

@@ -1,0 +1,155 @@
+"""Knowledge rows of CILMP from a sealed cache, and the controls that replace them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.errors import MissingKnowledgeError, RecipeError
+from cache.registry import suggest
+from cache.store import Block, KnowledgeCache
+from prompt_tune.data.source import DataClass
+from prompt_tune.method import KnowledgeRows
+from prompt_tune.recipe import KnowledgeSpec
+
+USUAL_BLOCK = {
+    "layers": "layers",
+    "texts": "description_states",
+    "attributes": "attribute_states",
+    "tokens": "tokens",
+}
+
+
+@dataclass(frozen=True)
+class LoadedKnowledge:
+    """Rows of a run and what binds the run to them.
+
+    Attributes:
+        rows: the rows, in label order, None for the control `none`.
+        content_id: of the whole cache.
+        block_id: of the block the rows came from; unchanged when other blocks are added.
+        unused: class ids the cache holds and the data does not.
+    """
+
+    rows: KnowledgeRows | None
+    content_id: str
+    block: str
+    block_id: str
+    unused: tuple[str, ...]
+
+
+def _block(cache_file: KnowledgeCache, spec: KnowledgeSpec, path: Path) -> Block:
+    name = spec.block or USUAL_BLOCK[spec.rows]
+    states = sorted(n for n, b in cache_file.blocks.items() if b.kind == "states")
+    if name not in states:
+        what = f"the cache has no block {name!r} of hidden states"
+        raise MissingKnowledgeError(what, where=path, do=suggest(name, states))
+    return cache_file.blocks[name]
+
+
+def _layer_index(block: Block, layer: int, path: Path) -> int:
+    if layer < 0 and -layer <= len(block.layers):
+        return len(block.layers) + layer
+    if layer in block.layers:
+        return block.layers.index(layer)
+    what = f"block {block.name!r} does not hold layer {layer}"
+    raise MissingKnowledgeError(
+        what, where=path, found=f"layers {list(block.layers)}", do="Set knowledge.layer."
+    )
+
+
+def _keep(values: np.ndarray, keep: int | None, *, spaced: bool) -> np.ndarray:
+    if keep is None or len(values) <= keep:
+        return values
+    if spaced:
+        return values[np.linspace(0, len(values) - 1, keep).round().astype(int)]
+    return values[:keep]
+
+
+def class_rows(block: Block, class_id: str, spec: KnowledgeSpec, path: Path) -> np.ndarray:
+    """The rows of one class, `[rows, width]`.
+
+    `layers`: one row per stored layer of item 0. `texts` and `attributes`: the pooled state of each
+    text at the chosen layer. `tokens`: the tokens of one text at the chosen layer.
+
+    Raises:
+        MissingKnowledgeError: no such item or layer, or the block is pooled otherwise.
+    """
+    count = block.items(class_id)
+    item = spec.item if spec.rows == "tokens" else 0
+    if count <= item:
+        what = f"class {class_id!r} has no item {item} in block {block.name!r}"
+        raise MissingKnowledgeError(what, where=path, found=f"{count} items")
+    if spec.rows == "layers":
+        states = block.array(class_id, 0)
+        if states.shape[0] != 1:
+            what = f"block {block.name!r} holds {states.shape[0]} rows per text; layers need one"
+            raise MissingKnowledgeError(what, where=path, do="Use rows: tokens, or another block.")
+        return _keep(states[0], spec.keep, spaced=True)
+    layer = _layer_index(block, spec.layer, path)
+    if spec.rows == "tokens":
+        return _keep(block.array(class_id, item)[:, layer], spec.keep, spaced=False)
+    states = [block.array(class_id, i) for i in range(count)]
+    if any(s.shape[0] != 1 for s in states):
+        what = f"block {block.name!r} is not pooled to one row per text"
+        raise MissingKnowledgeError(what, where=path, do="Use rows: tokens, or another block.")
+    return _keep(np.stack([s[0, layer] for s in states]), spec.keep, spaced=False)
+
+
+def derangement(count: int, seed: int) -> tuple[int, ...]:
+    """A seeded permutation of `count` classes that leaves none in its place.
+
+    Raises:
+        RecipeError: fewer than two classes have no derangement.
+    """
+    if count < 2:
+        what = "knowledge cannot be shuffled between fewer than two classes"
+        raise RecipeError(what, where="knowledge.control", found=f"{count} classes")
+    random = np.random.default_rng(seed)
+    while True:
+        order = random.permutation(count)
+        if not (order == np.arange(count)).any():
+            return tuple(int(i) for i in order)
+
+
+def _controlled(rows: list[Tensor], spec: KnowledgeSpec, seed: int) -> list[Tensor]:
+    if spec.control == "shuffled":
+        return [rows[i] for i in derangement(len(rows), seed)]
+    if spec.control == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            torch.randn(r.shape, generator=generator) * r.std(1, keepdim=True, correction=0)
+            + r.mean(1, keepdim=True)
+            for r in rows
+        ]
+    return rows
+
+
+def load_knowledge(
+    path: Path,
+    spec: KnowledgeSpec,
+    *,
+    dataset: str,
+    classes: tuple[DataClass, ...],
+    seed: int,
+) -> LoadedKnowledge:
+    """The knowledge rows a recipe asks for, in the order of the data's labels.
+
+    Raises:
+        CacheError: the cache is damaged, is another one, or lacks a class, block or layer.
+    """
+    with KnowledgeCache.open(path, expect=spec.expect) as cache_file:
+        alignment = cache_file.align(dataset, [(c.id, c.name, c.modality) for c in classes])
+        block = _block(cache_file, spec, path)
+        rows = [
+            torch.from_numpy(class_rows(block, c.id, spec, path).astype(np.float32))
+            for c in classes
+        ]
+        used = None
+        if spec.control != "none":
+            used = KnowledgeRows(tuple(_controlled(rows, spec, seed)))
+        return LoadedKnowledge(
+            used, cache_file.content_id, block.name, block.id, tuple(alignment.unused)
+        )

@@ -1,0 +1,187 @@
+"""The training loop: one straight line, resumable bit for bit.
+
+Nothing random has a state: the order of an epoch, the view of an image and the dropout of a step
+are functions of (seed, epoch, step). A run that is killed continues from its last saved state and
+computes the same numbers.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cache.errors import RunError
+from cache.progress import track
+from prompt_tune.cases import Cases
+from prompt_tune.checkpoint import TrainState, load_state, save_state
+from prompt_tune.method import Method
+from prompt_tune.recipe import TrainSpec
+from prompt_tune.schedule import epoch_weights, learning_rate
+from prompt_tune.seeds import derive_seed
+
+
+def averaged_names(method: Method, spec: TrainSpec) -> frozenset[str]:
+    """The trainable tensors that end as their Gaussian-weighted mean over epochs."""
+    if spec.average == "none":
+        return frozenset()
+    return frozenset(method.trainable()) if spec.average == "trainables" else method.prompts()
+
+
+def accuracy(method: Method, cases: Cases, size: int) -> float:
+    """Share of cases whose highest logit is their label's; probability 0..1."""
+    hits = 0
+    with torch.no_grad():
+        for batch in cases.in_order(size):
+            hits += int((method.logits(batch).argmax(dim=1) == batch.labels).sum())
+    return hits / len(cases)
+
+
+class _Progress:
+    """Everything that changes during training and is saved with a state."""
+
+    def __init__(self, method: Method, optimizer: torch.optim.SGD, averaged: frozenset[str]):
+        self.parameters = method.trainable()
+        self.optimizer = optimizer
+        self.average = {
+            n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for n, p in self.parameters.items()
+            if n in averaged
+        }
+        self.best: dict[str, Tensor] = {}
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+        self.notes: dict[str, Any] = {"history": [], "best_epoch": 0, "best_score": -1.0}
+
+    def state(self, epoch: int, step: int) -> TrainState:
+        """A snapshot; tensors are shared, not copied."""
+        tensors: dict[str, Tensor] = {"loss_sum": self.loss_sum}
+        for name, parameter in self.parameters.items():
+            tensors[f"trainable/{name}"] = parameter
+            momentum = self.optimizer.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum/{name}"] = momentum
+        tensors |= {f"average/{n}": t for n, t in self.average.items()}
+        tensors |= {f"best/{n}": t for n, t in self.best.items()}
+        return TrainState(epoch, step, tensors, self.notes)
+
+    def restore(self, state: TrainState) -> None:
+        """Puts a snapshot back."""
+        wanted = {f"trainable/{n}" for n in self.parameters}
+        if missing := sorted(wanted - set(state.tensors)):
+            what = f"the training state lacks {missing[0]!r}"
+            raise RunError(what, do="Delete the run folder and start again.")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state.tensors[f"trainable/{name}"])
+                if (momentum := state.tensors.get(f"momentum/{name}")) is not None:
+                    buffer = momentum.to(parameter.device)
+                    self.optimizer.state[parameter]["momentum_buffer"] = buffer
+            for name, value in self.average.items():
+                value.copy_(state.tensors[f"average/{name}"])
+        self.best = {
+            key.removeprefix("best/"): value
+            for key, value in state.tensors.items()
+            if key.startswith("best/")
+        }
+        self.loss_sum, self.notes = state.tensors["loss_sum"], state.notes
+
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Replaces parameters by averaged or best ones."""
+        with torch.no_grad():
+            for name, value in tensors.items():
+                self.parameters[name].copy_(value)
+
+
+def train(
+    method: Method,
+    cases: Cases,
+    val: Cases | None,
+    spec: TrainSpec,
+    *,
+    folder: Path,
+    digest: str,
+) -> dict[str, Any]:
+    """Trains `method` in place and returns its history and timing.
+
+    SGD with momentum and weight decay on every trainable tensor, mean loss per batch, learning
+    rate per epoch. State is saved in `folder` after every epoch (and every `checkpoint_steps`).
+
+    Raises:
+        RunError: the saved state belongs to another recipe, or the loss stopped being finite.
+    """
+    parameters = list(method.trainable().values())
+    optimizer = torch.optim.SGD(
+        parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
+    )
+    at = _Progress(method, optimizer, averaged_names(method, spec))
+    weights = epoch_weights(spec)
+    start_epoch, start_step = 1, 0
+    if (saved := load_state(folder, recipe_digest=digest)) is not None:
+        at.restore(saved)
+        start_epoch, start_step = saved.epoch, saved.step
+
+    per_epoch = cases.steps(spec.batch_size)
+    total = min(spec.epochs * per_epoch, spec.max_steps or spec.epochs * per_epoch)
+    done = (start_epoch - 1) * per_epoch + start_step
+    seconds, timed = 0.0, 0
+    with track("train", total) as progress:
+        progress.advance(done)
+        for epoch in range(start_epoch, spec.epochs + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(spec, epoch)
+            first = start_step if epoch == start_epoch else 0
+            last = min(per_epoch, total - (epoch - 1) * per_epoch)
+            batches = cases.epoch(epoch, spec.batch_size)
+            for step in range(first, last):
+                began = time.perf_counter()
+                torch.manual_seed(derive_seed(cases.seed, "step", epoch, step))
+                method.train()
+                optimizer.zero_grad(set_to_none=True)
+                loss = method.loss(cases.batch(batches[step], epoch=epoch))
+                loss.backward()
+                optimizer.step()
+                value = loss.detach().double().cpu()
+                if not torch.isfinite(value):
+                    what = f"the loss is {float(value)} at epoch {epoch}, step {step + 1}"
+                    raise RunError(what, where=folder, do="Lower train.lr.")
+                at.loss_sum = at.loss_sum + value
+                done += 1
+                seconds, timed = seconds + time.perf_counter() - began, timed + 1
+                progress.advance(1, f"epoch {epoch}/{spec.epochs} loss {float(value):.3f}")
+                if spec.checkpoint_steps and (step + 1) % spec.checkpoint_steps == 0:
+                    save_state(folder, at.state(epoch, step + 1), recipe_digest=digest)
+            _end_of_epoch(method, val, spec, at, weights, epoch, last)
+            save_state(folder, at.state(epoch + 1, 0), recipe_digest=digest)
+            if done >= total:
+                break
+    method.eval()
+    if spec.max_steps is None:
+        at.adopt({n: v.to(at.parameters[n].dtype) for n, v in at.average.items()})
+    at.adopt(at.best)
+    history, best = at.notes["history"], at.notes["best_epoch"]
+    step_seconds = seconds / timed if timed else None
+    kept = f"epoch {best}" if spec.select == "best-val" else f"epoch {len(history)}"
+    return {"history": history, "kept": kept, "step_seconds": step_seconds, "steps": done}
+
+
+def _end_of_epoch(
+    method: Method,
+    val: Cases | None,
+    spec: TrainSpec,
+    at: _Progress,
+    weights: tuple[float, ...],
+    epoch: int,
+    steps: int,
+) -> None:
+    method.eval()
+    for name, mean in at.average.items():
+        mean += weights[epoch - 1] * at.parameters[name].detach()
+    entry = {"epoch": epoch, "lr": learning_rate(spec, epoch), "loss": float(at.loss_sum) / steps}
+    if spec.select == "best-val" and val is not None:
+        entry["val_accuracy"] = accuracy(method, val, spec.batch_size)
+        if entry["val_accuracy"] > at.notes["best_score"]:
+            at.notes["best_score"], at.notes["best_epoch"] = entry["val_accuracy"], epoch
+            at.best = {n: p.detach().clone() for n, p in at.parameters.items()}
+    at.notes["history"].append(entry)
+    at.loss_sum = torch.zeros((), dtype=torch.float64)

@@ -1,0 +1,147 @@
+"""The recipe of a tuning run."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from cache.errors import RecipeError
+from cache.recipe import RecipePart, load_recipe, validate
+from cache.registry import suggest
+from prompt_tune.backbone import BackboneSpec
+from prompt_tune.method import Method, MethodConfig
+from prompt_tune.methods import METHODS
+
+PRESETS = Path(__file__).parent / "presets"
+
+Control = Literal["cached", "shuffled", "random", "none"]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class KnowledgeSpec(RecipePart):
+    """Which cached states become the knowledge rows, and whether they are replaced by a control."""
+
+    rows: Literal["layers", "texts", "attributes", "tokens"] = "layers"
+    block: str | None = None
+    """Name of the cache block; by default the usual one for `rows`."""
+    layer: int = -1
+    """Decoder layer for texts, attributes and tokens; negative counts from the last stored one."""
+    item: Annotated[int, Field(ge=0)] = 0
+    """Which text of the class, for `tokens`."""
+    keep: Positive | None = None
+    """At most so many rows per class: evenly spaced layers, or the first texts or tokens."""
+    control: Control = "cached"
+    """`shuffled`: a seeded derangement of the classes; `random`: Gaussian with each row's mean and
+    variance; `none`: no rows at all."""
+    expect: str | None = None
+    """Refuse a cache with another content id."""
+
+
+class SampleSpec(RecipePart):
+    """Which images of the training and validation splits a run may see."""
+
+    shots: Positive | None = None
+    """Images per class; null is the whole split."""
+    val_shots: Annotated[int, Field(ge=0)] | None = None
+    """Validation images per class; null is min(shots, 4), or the whole split with full data."""
+    seed: int = 1
+
+
+class TrainSpec(RecipePart):
+    """Optimiser, schedule, averaging and selection."""
+
+    epochs: Positive = 50
+    batch_size: Positive = 32
+    lr: Annotated[float, Field(gt=0)] = 0.002
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    warmup_lr: Annotated[float, Field(gt=0)] = 1e-5
+    average: Literal["published", "prompts", "trainables", "none"] = "none"
+    """Gaussian-weighted averaging over epochs: `prompts` (contexts and visual prompts, fp32),
+    `trainables` (all, fp32), `published` (every tensor but interventions and projections, frozen
+    ones included, in the precision of the published code)."""
+    average_mean: float | None = None
+    """Epoch at which the weight peaks; null is the last epoch."""
+    average_std: Annotated[float, Field(gt=0)] | None = None
+    """In epochs; null is 0.3 of the run, which is 30 for the published 100."""
+    views: Positive | Literal["live"] = 1
+    """Augmented views per image: K enumerated ones (view 0 is the test transform) drawn per epoch,
+    or `live` for a new one every time."""
+    select: Literal["last", "best-val"] = "last"
+    """Which epoch is kept; `best-val` by accuracy on the validation images, earliest on a tie."""
+    checkpoint_steps: Positive | None = None
+    """Also save every so many steps inside an epoch; every epoch is always saved."""
+    max_steps: Positive | None = None
+    """Stop early after so many steps: a smoke run, not a result."""
+
+    @model_validator(mode="after")
+    def _one_selection(self) -> "TrainSpec":
+        if self.select == "best-val" and self.average != "none":
+            what = "train.select best-val and train.average exclude each other"
+            raise RecipeError(what, found=f"average {self.average}", do="Set one of them.")
+        return self
+
+
+class TuneRecipe(RecipePart):
+    """A whole tuning run but for the cache, the data and the output folder."""
+
+    backbone: BackboneSpec
+    method: dict[str, Any]
+    knowledge: KnowledgeSpec = KnowledgeSpec()
+    samples: SampleSpec = SampleSpec()
+    train: TrainSpec = TrainSpec()
+    seed: int = 1
+
+    @model_validator(mode="after")
+    def _method_is_known(self) -> "TuneRecipe":
+        self.method_config(where="recipe")
+        return self
+
+    def method_class(self) -> type[Method]:
+        """The method the recipe names.
+
+        Raises:
+            UnknownNameError: no such method; the nearest is named.
+        """
+        entry = METHODS[str(self.method.get("name"))]
+        if not (isinstance(entry, type) and issubclass(entry, Method)):
+            what = "METHOD is not a tuning method"
+            raise RecipeError(what, where=f"prompt_tune.methods.{self.method.get('name')}")
+        return entry
+
+    def method_config(self, *, where: object) -> MethodConfig:
+        """The `method` table as the method's own settings.
+
+        Raises:
+            RecipeError: an unknown key or a wrong value in the method's settings.
+        """
+        try:
+            return validate(self.method_class().Config, self.method, where="method")
+        except RecipeError as error:
+            raise type(error)(str(error), where=where) from error
+
+
+def preset_path(name: str) -> Path:
+    """A recipe file, or the packaged preset of that name.
+
+    Raises:
+        RecipeError: neither a file nor a preset.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+    if name in known:
+        return PRESETS / f"{name}.yaml"
+    what = "no such recipe file or preset"
+    raise RecipeError(what, where=name, do=suggest(name, known))
+
+
+def load_tune_recipe(name: str, overrides: tuple[str, ...] = ()) -> TuneRecipe:
+    """A tuning recipe from a file or preset, with `a.b=value` overrides.
+
+    Raises:
+        RecipeError: see `cache.recipe.load_recipe`.
+    """
+    return load_recipe(TuneRecipe, preset_path(name), overrides)

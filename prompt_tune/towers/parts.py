@@ -1,0 +1,143 @@
+"""Positions of a sequence, grouped by what they are, and the tensors that stand there.
+
+A `Part` is one kind of position (the start token, the context, the class name, ...) with the places
+it takes in every class. A `Stream` is the hidden states of some parts, packed: only positions that
+exist are stored, class after class, so unequal lengths cost nothing in any matrix product. Its
+batch dimension is 1 for states that do not depend on the image, and a part of a single class
+stands for states that all classes share.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class _Gather(torch.autograd.Function):
+    """`x[:, index]` whose gradient is a gather too: every source is taken at most once.
+
+    Places whose gradient is known to be zero may repeat a source; `keep` masks the others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, keep: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse, keep)
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        inverse, keep = ctx.saved_tensors
+        out = grad.index_select(1, inverse)
+        return (out if keep is None else out * keep), None, None, None
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Index tensors of a part on one device."""
+
+    position: Int[Tensor, "classes longest"]  # -1 where a class has fewer
+    flat: Int[Tensor, "size"]
+    unpack: Int[Tensor, "padded"]
+    pack: Int[Tensor, "size"]
+    valid: Bool[Tensor, "classes longest"]
+
+
+class Part:
+    """One kind of position, and where it stands in every class.
+
+    Args:
+        name: what stands there.
+        rank: order of the kinds along the sequence; a causal query sees its own rank and below.
+        positions: per class, the positions it takes; one entry alone is shared by all classes.
+    """
+
+    def __init__(self, name: str, rank: int, positions: Sequence[Sequence[int]]) -> None:
+        self.name, self.rank = name, rank
+        self.positions = tuple(tuple(p) for p in positions)
+        self.classes = len(self.positions)
+        self.longest = max(len(p) for p in self.positions)
+        self.size = sum(len(p) for p in self.positions)
+        self.even = self.size == self.classes * self.longest
+        self._tables: dict[torch.device, _Tables] = {}
+
+    def over(self, classes: int) -> "Part":
+        """The same part, repeated for every class where it was shared."""
+        if self.classes == classes:
+            return self
+        return Part(self.name, self.rank, self.positions * classes)
+
+    def on(self, device: torch.device) -> _Tables:
+        """The index tensors on `device`."""
+        if device not in self._tables:
+            self._tables[device] = self._build(device)
+        return self._tables[device]
+
+    def _build(self, device: torch.device) -> _Tables:
+        padded = [list(p) + [-1] * (self.longest - len(p)) for p in self.positions]
+        position = torch.tensor(padded, dtype=torch.long).reshape(self.classes, self.longest)
+        valid = position >= 0
+        pack = valid.flatten().nonzero().flatten()
+        unpack = (valid.flatten().cumsum(0) - 1).clamp(min=0)
+        tables = (position, position.flatten()[pack], unpack, pack, valid)
+        return _Tables(*(t.to(device) for t in tables))
+
+    def unpack(self, x: Float[Tensor, "b size w"]) -> Float[Tensor, "b classes longest w"]:
+        """Packed rows as a padded table; what stands in the padding is arbitrary."""
+        if not self.even:
+            tables = self.on(x.device)
+            x = _Gather.apply(x, tables.unpack, tables.pack, None)
+        return x.reshape(x.shape[0], self.classes, self.longest, x.shape[-1])
+
+    def pack(self, x: Float[Tensor, "b classes longest w"]) -> Float[Tensor, "b size w"]:
+        """The rows of a padded table that exist."""
+        x = x.reshape(x.shape[0], self.classes * self.longest, x.shape[-1])
+        if self.even:
+            return x
+        tables = self.on(x.device)
+        return _Gather.apply(x, tables.pack, tables.unpack, tables.valid.flatten()[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """Hidden states of some parts, one part after the other along the packed dimension."""
+
+    x: Float[Tensor, "b size w"]
+    parts: tuple[Part, ...]
+
+    @property
+    def batch(self) -> int:
+        """1 where no state depends on the image."""
+        return int(self.x.shape[0])
+
+    def split(self) -> tuple[Tensor, ...]:
+        """The states of each part; views."""
+        return self.x.split([p.size for p in self.parts], dim=1)
+
+    def only(self, names: Collection[str]) -> "Stream":
+        """The stream of some of the parts."""
+        if all(p.name in names for p in self.parts):
+            return self
+        pairs = [(x, p) for x, p in zip(self.split(), self.parts, strict=True) if p.name in names]
+        return Stream.of([Stream(x, (p,)) for x, p in pairs])
+
+    def over(self, classes: int) -> "Stream":
+        """The stream with its shared states repeated for every class."""
+        if all(p.classes == classes for p in self.parts):
+            return self
+        repeated = [
+            x if p.classes == classes else x.repeat(1, classes, 1)
+            for x, p in zip(self.split(), self.parts, strict=True)
+        ]
+        return Stream(torch.cat(repeated, dim=1), tuple(p.over(classes) for p in self.parts))
+
+    @staticmethod
+    def of(streams: Sequence["Stream"]) -> "Stream":
+        """Several streams as one, at the largest of their batches."""
+        if len(streams) == 1:
+            return streams[0]
+        batch = max(s.batch for s in streams)
+        x = torch.cat([s.x.expand(batch, -1, -1) for s in streams], dim=1)
+        return Stream(x, tuple(p for s in streams for p in s.parts))

@@ -1,0 +1,139 @@
+"""`tune`: from a recipe, a cache and images to a run folder."""
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from cache.durable import write_atomic, write_json_atomic
+from cache.errors import RunError
+from prompt_tune.checkpoint import RUN, STATE, WEIGHTS, read_run
+from prompt_tune.loop import train
+from prompt_tune.method import Method
+from prompt_tune.published import averaged_backbone
+from prompt_tune.recipe import TuneRecipe
+from prompt_tune.seeds import make_deterministic
+from prompt_tune.setup import Setup, binding_digest, prepare
+
+PACKAGES = ("vademecum", "torch", "open_clip_torch", "transformers", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        run: the content of `run.json`.
+        setup: what it was trained with, ready to evaluate; None when it was already finished.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    setup: Setup | None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def parameter_counts(method: Method) -> dict[str, int]:
+    """How many numbers and tensors the method trains."""
+    trainable = method.trainable()
+    return {"scalars": sum(p.numel() for p in trainable.values()), "tensors": len(trainable)}
+
+
+def selection_rule(recipe: TuneRecipe) -> str:
+    """In words, which weights a run keeps. The test split never has a say."""
+    spec = recipe.train
+    if recipe.method_class().fitted_by != "gradient":
+        return "no epochs: fitted at once, hyper-parameters by validation accuracy if any"
+    if spec.max_steps is not None:
+        return f"smoke run: the weights after {spec.max_steps} steps"
+    if spec.select == "best-val":
+        return "the epoch with the best validation accuracy, the earliest on a tie"
+    averaged = "" if spec.average == "none" else f", {spec.average} averaged over epochs"
+    return f"the last epoch{averaged}"
+
+
+def _fit(setup: Setup, out: Path, digest: str) -> Mapping[str, Any]:
+    method, spec = setup.method, setup.recipe.train
+    cases = setup.cases(setup.train, training=method.fitted_by == "gradient")
+    val = setup.cases(setup.val) if setup.val is not None else None
+    if method.fitted_by == "nothing":
+        return {}
+    if method.fitted_by == "solver":
+        everything = torch.arange(len(cases))
+        val_batch = val.batch(torch.arange(len(val))) if val is not None else None
+        return method.fit(cases.batch(everything), val_batch)
+    return train(method, cases, val, spec, folder=out, digest=digest)
+
+
+def tune(
+    recipe: TuneRecipe,
+    *,
+    data: str,
+    out: Path,
+    knowledge: Path | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> RunResult:
+    """Tunes one method and leaves a run folder; an unfinished run of the same recipe goes on.
+
+    The folder holds `weights.safetensors` (trainable tensors only), `run.json` (resolved recipe,
+    bindings, seeds, versions, history) and the sample lists.
+
+    Raises:
+        VademecumError: bad recipe, data, cache or backbone; a folder of another run.
+    """
+    if out.is_file():
+        raise RunError("the run folder is a file", where=out)
+    if overwrite:
+        for name in (RUN, STATE, WEIGHTS):
+            (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    make_deterministic(device)
+    setup = prepare(recipe, data=data, knowledge=knowledge, samples=out / "samples", device=device)
+    digest = binding_digest(recipe, setup.bindings)
+    if (out / RUN).is_file():
+        run = read_run(out)
+        if run.get("digest") != digest:
+            what = "the folder holds another run"
+            raise RunError(what, where=out, do="Choose another --out, or pass --overwrite.")
+        if run.get("status") == "finished":
+            return RunResult(out, run, None)
+    run = {
+        "format": 1,
+        "status": "running",
+        "digest": digest,
+        "recipe": recipe.model_dump(mode="json"),
+        "bindings": setup.bindings,
+        "backbone": {"name": setup.backbone.name, "notes": dict(setup.backbone.notes)},
+        "parameters": parameter_counts(setup.method),
+        "selection": selection_rule(recipe),
+        "smoke": recipe.train.max_steps is not None,
+        "versions": versions(),
+        "local": {"data": data, "knowledge": str(knowledge) if knowledge else None},
+    }
+    write_json_atomic(out / RUN, run)
+    run["training"] = dict(_fit(setup, out, digest))
+    if recipe.train.average == "published":
+        setup = averaged_backbone(setup)
+    tensors = {n: p.detach().cpu().contiguous() for n, p in setup.method.trainable().items()}
+    write_atomic(out / WEIGHTS, safetensors.torch.save(tensors))
+    run["status"] = "finished"
+    write_json_atomic(out / RUN, run)
+    (out / STATE).unlink(missing_ok=True)
+    return RunResult(out, run, setup)

@@ -144,7 +144,7 @@ def tune(
     from prompt_tune.recipe import load_tune_recipe
     from prompt_tune.report import describe_run
     from prompt_tune.setup import pick_device
-    from prompt_tune.tune import tune as run_tune
+    from prompt_tune.tuning import tune as run_tune
 
     result = run_tune(
         load_tune_recipe(recipe, tuple(overrides or ())),
@@ -168,7 +168,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Metrics of a run with intervals, per-case predictions and figures."""
-    from prompt_tune.evaluate import evaluate as run_evaluate
+    from prompt_tune.evaluation import evaluate as run_evaluate
     from prompt_tune.report import describe_evaluation
     from prompt_tune.setup import pick_device
 

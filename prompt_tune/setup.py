@@ -77,7 +77,7 @@ def _chosen(split: ImageSplit, shots: int | None, seed: int, file: Path) -> Samp
         return SampleList.load(file)
     if shots is None:
         return None
-    chosen = few_shot(split, shots, seed)
+    chosen = few_shot(split, shots, seed, allow_fewer=split.name != "train")
     file.parent.mkdir(parents=True, exist_ok=True)
     chosen.save(file)
     return chosen

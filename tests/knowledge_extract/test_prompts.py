@@ -26,6 +26,12 @@ def test_chat_template_with_its_own_start_token_is_not_given_another():
     assert reading.text == "<s><|user|>Hi<|bot|>"
 
 
+def test_a_template_without_a_start_token_is_left_without_one():
+    """As the library's own `apply_chat_template(tokenize=True)` does."""
+    prompter = Prompter(tiny.byte_tokenizer(chat=tiny.CHAT.removeprefix("<s>")), "auto")
+    assert tokens(prompter, prompter.question("Hi")) == ["<|user|>", "H", "i", "<|bot|>"]
+
+
 def test_a_template_that_doubles_the_start_token_is_repaired():
     prompter = Prompter(tiny.byte_tokenizer(chat="<s>" + tiny.CHAT), "always")
     assert tokens(prompter, prompter.question("Hi")).count("<s>") == 1

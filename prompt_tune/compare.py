@@ -1,0 +1,116 @@
+"""One table and one figure of several evaluated runs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.durable import write_atomic
+from cache.errors import RunError
+from prompt_tune import figures
+from prompt_tune.checkpoint import read_run
+from prompt_tune.metrics import constant_guess
+from prompt_tune.predictions import load_predictions
+from prompt_tune.report import Row, interval_of, table
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of runs.
+
+    Attributes:
+        rows: the same numbers as plain data.
+        text: the table as text.
+    """
+
+    rows: list[dict[str, Any]]
+    text: str
+
+
+def run_label(run: dict[str, Any]) -> str:
+    """What a run did, in a few words: method, rows, control, condition."""
+    method, knowledge = run["recipe"]["method"], run["recipe"]["knowledge"]
+    label = str(method["name"])
+    if method.get("ensemble"):
+        label += ", ensemble"
+    if "cache" in run["bindings"]:
+        control = knowledge["control"]
+        label += ", no knowledge" if control == "none" else f", {knowledge['rows']}"
+        if control in {"shuffled", "random"}:
+            label += f" {control}"
+    if method.get("condition") == "none":
+        label += ", no image condition"
+    if run.get("smoke"):
+        label += ", smoke run"
+    return label
+
+
+def _evaluated(folder: Path, split: str) -> dict[str, Any]:
+    path = folder / "eval" / split / "metrics.json"
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        there = sorted(p.parent.name for p in folder.glob("eval/*/metrics.json"))
+        what = f"the run was not evaluated on {split!r}"
+        found = ", ".join(there) or "no evaluation"
+        raise RunError(what, where=folder, found=found, do="Run `vademecum eval` first.") from error
+    except ValueError as error:
+        raise RunError("damaged metrics.json", where=path) from error
+    return result
+
+
+def compare_runs(folders: list[Path], *, split: str, out: Path | None = None) -> Comparison:
+    """A table of runs that were evaluated on the same images; leaves `table.md` and `methods.png`.
+
+    Raises:
+        RunError: a run was not evaluated on `split`, or the runs saw different images.
+    """
+    rows, plain, seen = [], [], {}
+    for folder in folders:
+        run, result = read_run(folder), _evaluated(folder, split)
+        seen[result["data"]] = folder
+        if len(seen) > 1:
+            what = "the runs were evaluated on different images"
+            raise RunError(what, where=split, found=" and ".join(map(str, seen.values())))
+        intervals = {k: interval_of(v) for k, v in result["intervals"]["metrics"].items()}
+        step = run["training"].get("step_seconds")
+        label = run_label(run)
+        rows.append(
+            Row(
+                label,
+                intervals,
+                int(run["parameters"]["scalars"]),
+                None if step is None else float(step),
+                "a smoke run, not a result" if run.get("smoke") else "",
+            )
+        )
+        plain.append(
+            {
+                "run": folder.name,
+                "label": label,
+                "metrics": {k: list(v) for k, v in intervals.items()},
+                "parameters": run["parameters"]["scalars"],
+                "step_seconds": step,
+                "smoke": bool(run.get("smoke")),
+            }
+        )
+    if not folders:
+        raise RunError("no runs to compare")
+    predictions = load_predictions(folders[0] / "eval" / split / "predictions.csv")
+    guess = constant_guess(predictions.labels, predictions.class_names)
+    note = (
+        f"{result['images']} of {result['split_images']} images of {result['split']}; "
+        f"{100 * float(result['intervals']['level']):.0f} % bootstrap intervals over "
+        f"{result['intervals']['drawn']}; "
+        f"the best constant answer has accuracy {guess.accuracy:.3f}."
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        markdown = table(rows, style="markdown") + f"\n\n{note}\n"
+        write_atomic(out / "table.md", markdown.encode())
+        figures.methods(
+            [(row.name, row.intervals["accuracy"]) for row in rows],
+            out / "methods.png",
+            guess=guess.accuracy,
+        )
+    return Comparison(plain, f"{table(rows)}\n\n{note}")

@@ -200,9 +200,10 @@ def report(
 @assets_app.command("list")
 def assets_list(as_json: Json = False) -> None:
     """The embedded assets: what they are, their licence, whether they are here."""
-    from cache.assets import describe_listing, listing
+    from cache.assets import describe, listing
 
-    _say(listing(), as_json, describe_listing())
+    states = listing()
+    _say([s.to_json() for s in states], as_json, describe(states))
 
 
 @assets_app.command("fetch")
@@ -212,7 +213,7 @@ def assets_fetch(
     """Fetches assets from the package index and checks their digests."""
     from cache.assets import fetch, table
 
-    for name in names or sorted(table()):
+    for name in names or list(table()):
         typer.echo(f"{name}: {fetch(name)}")
 
 
@@ -221,10 +222,9 @@ def assets_verify(
     names: Annotated[Optional[list[str]], typer.Argument(help="All where none is named.")] = None,  # noqa: UP045
 ) -> None:
     """Reads every byte of fetched assets again and compares digests."""
-    from cache.assets import verify
+    from cache.assets import describe, table, verify
 
-    for name, state in verify(names or None).items():
-        typer.echo(f"{name}: {state}")
+    typer.echo(describe(verify(names or list(table()))))
 
 
 @app.command()

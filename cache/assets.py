@@ -81,6 +81,29 @@ class AssetStatus:
     path: Path
     fault: str = ""
 
+    def to_json(self) -> dict[str, object]:
+        """The row as plain data."""
+        return {
+            "name": self.name,
+            "what": self.asset.what,
+            "state": self.state,
+            "package": f"{self.asset.package}=={self.asset.version}",
+            "licence": self.asset.licence.content,
+            "bytes": sum(m.size for m in self.asset.members),
+            "path": str(self.path),
+            "fault": self.fault,
+        }
+
+
+def describe(states: Iterable[AssetStatus]) -> str:
+    """Assets as lines of text: name, state, size, licence, what it is."""
+    lines = []
+    for row in states:
+        size = sum(m.size for m in row.asset.members) / 1e6
+        head = f"{row.name:24}{row.state:9}{size:7.1f} MB  {row.asset.licence.content}"
+        lines += [head, f"    {row.asset.what}"] + ([f"    {row.fault}"] if row.fault else [])
+    return "\n".join(lines)
+
 
 def read_table(path: Path) -> Table:
     """The assets of a table file.

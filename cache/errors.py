@@ -7,7 +7,7 @@
     │   ├── CacheFormatError       3   not a sealed cache, or damaged
     │   ├── CacheMismatchError     3   another recipe, another content id
     │   ├── MissingKnowledgeError  3   a class, block, layer or item the cache does not hold
-    │   └── ValueRefusedError      3   non-finite or out of range for its stored type
+    │   └── ValueRefusedError      3   non-finite or out of range for its type
     ├── DataError                  4   images, labels, splits
     ├── ModelError                 5   a language model or backbone that is absent, gated or does not fit
     │   └── PromptOverflowError    5   a prompt longer than the text tower's context

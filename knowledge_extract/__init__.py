@@ -11,6 +11,7 @@ import importlib
 from typing import Any
 
 from cache.torchvision_schemas import install
+from knowledge_extract.extras import STAGE, need
 
 DISTRIBUTION = "vademecum"
 _OFFERED = {
@@ -32,6 +33,8 @@ def __getattr__(name: str) -> Any:
     if name not in _OFFERED:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
+    if _OFFERED[name] in {"extraction", "planning"}:
+        need("reading a language model", *STAGE)
     return getattr(importlib.import_module(f"{__name__}.{_OFFERED[name]}"), name)
 
 

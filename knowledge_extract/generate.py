@@ -12,7 +12,7 @@ largest difference of any layer's state, relative to its norm, and how many of t
     fp4           float32   3e-6                  2e-6          0
     int8          float32   0 (rows run alone; batched it would be 0.3, and 3 answers change)
     none          bfloat16  0.04, where the text is the same    0.03    2
-    nf4           bfloat16  0.07, where the text is the same    0.05    2
+    nf4           bfloat16  0.03, where the text is the same    0.05    2
 
 In bfloat16 the rounding of a matrix product depends on its shape, so a near tie between two tokens
 can fall the other way in another batch; `batch_size: 1` rules that out.

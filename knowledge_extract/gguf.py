@@ -11,11 +11,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from cache.errors import MissingExtraError, ModelError
+from cache.errors import ModelError
 from cache.progress import track
 from cache.user_folder import private_temporary, publish, storage_errors
-
-INSTALL = "Install it with: pip install 'vademecum[extract]'."
+from knowledge_extract.extras import need
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Conversion:
         target = self.root / name
         if target.is_dir():
             return target
-        _need_gguf()
+        need("reading a GGUF file", "gguf")
         label = f"converting {self.path.name} ({name})"
         with storage_errors(self.root), private_temporary(self.root, name) as work:
             with track(label, 1) as progress:
@@ -97,11 +96,3 @@ def kept_dtype(path: Path) -> str:
     if kinds & {"F32", "F64"}:
         return "float32"
     return "bfloat16" if "BF16" in kinds else "float16"
-
-
-def _need_gguf() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("gguf") is None:
-        what = "reading a GGUF file needs the package 'gguf', which is not installed"
-        raise MissingExtraError(what, do=INSTALL)

@@ -1,6 +1,5 @@
 """A causal language model with its tokenizer, loaded under one quantisation."""
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache.errors import MissingExtraError, ModelError, SystemRefusedError
+from cache.errors import ModelError, SystemRefusedError
+from knowledge_extract.extras import need
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.source import ModelSource
-
-EXTRA = "Install it with: pip install 'vademecum[extract]'."
 
 
 @dataclass(frozen=True)
@@ -74,17 +72,6 @@ def quiet() -> Iterator[None]:
             logging.getLogger(name).setLevel(old)
 
 
-def need(package: str, purpose: str) -> None:
-    """Returns when `package` is installed.
-
-    Raises:
-        MissingExtraError: it is not.
-    """
-    if importlib.util.find_spec(package) is None:
-        what = f"{purpose} needs the package {package!r}, which is not installed"
-        raise MissingExtraError(what, do=EXTRA)
-
-
 def pick_device(wanted: str) -> str:
     """`wanted`, or the best device of this machine for `auto`.
 
@@ -105,8 +92,7 @@ def pick_device(wanted: str) -> str:
 def _quantisation_config(quantisation: str, dtype: torch.dtype) -> Any:
     if quantisation == "none":
         return None
-    need("bitsandbytes", f"quantisation {quantisation!r}")
-    need("accelerate", f"quantisation {quantisation!r}")
+    need(f"quantisation {quantisation!r}", "bitsandbytes", "accelerate")
     from transformers import BitsAndBytesConfig
 
     if quantisation == "int8":
@@ -190,7 +176,7 @@ def load_model(
     device_map: Any = run.device_map
     device = pick_device(run.device)
     if device_map is not None:
-        need("accelerate", "a device map")
+        need("a device map", "accelerate")
     elif config is not None:
         device_map = {"": device}
     from safetensors import SafetensorError

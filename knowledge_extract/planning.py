@@ -10,6 +10,7 @@ from knowledge_extract.answers import AnswerIds
 from knowledge_extract.extraction import finished, missing, parts_folder
 from knowledge_extract.job import Job, prepare
 from knowledge_extract.memory import peak_bytes
+from knowledge_extract.model import pick_device
 from knowledge_extract.recipe import AnswersBlock, ExtractRecipe, StatesBlock
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.units import Piece, Unit
@@ -134,6 +135,7 @@ def plan(recipe: ExtractRecipe, out: Path, run: RunSettings | None = None) -> Pl
             tokens = sum(_tokens(job, unit) for unit in left)
             names = (quantisation, task.kind, task.source)
             steps.append(Step(*names, units=len(own), to_do=len(left), tokens=tokens))
-    memory = {quantisation: peak_bytes(job, quantisation, units) for quantisation, units in todo}
+    device = pick_device(run.device)
+    memory = {q: peak_bytes(job, q, units, device) for q, units in todo}
     cached = entries if done else len(present & job.all_keys())
     return Plan(tuple(steps), entries, cached, _size(job), memory, sealed=done is not None)

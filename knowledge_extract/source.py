@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ class ModelSource:
         return self.place or str(self._conversion().tokenizer())
 
     def weights(self) -> str:
-        """Where the weights are; a GGUF file is converted at the first call."""
+        """Where the weights are; fetched or converted if they are not here yet."""
+        if self.commit is not None and not self.offline:
+            _fetch_weights(self.label, self.commit)
         return self.place or str(self._conversion().weights())
 
     def hub_options(self) -> dict[str, Any]:
@@ -202,6 +205,45 @@ def from_hub(name: str, revision: str, *, offline: bool) -> ModelSource:
         commit=commit,
         offline=offline,
     )
+
+
+def _fetch_weights(name: str, commit: str) -> None:
+    """Downloads what is missing of a model's weights, with progress by file.
+
+    Raises:
+        ModelError: the hub refused.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(name, revision=commit)
+        weights = [f for f in files if f.endswith(".safetensors") and "/" not in f]
+        weights = weights or [f for f in files if fnmatch(f, "pytorch_model*.bin")]
+        cached = huggingface_hub.try_to_load_from_cache
+        left = [f for f in weights if not isinstance(cached(name, f, revision=commit), str)]
+        if not left:
+            return
+        silent = are_progress_bars_disabled()
+        disable_progress_bars()
+        try:
+            with track(f"fetching {name}", len(left)) as progress:
+                for file in left:
+                    huggingface_hub.hf_hub_download(name, file, revision=commit)
+                    progress.advance()
+        finally:
+            if not silent:
+                enable_progress_bars()
+    except (hub.OfflineModeIsEnabled, ConnectionError, TimeoutError):
+        return  # what is here may be enough; the loader says if it is not
+    except (hub.HfHubHTTPError, OSError) as error:
+        what = "the weights cannot be fetched"
+        raise ModelError(what, where=name, found=str(error)[:200]) from error
 
 
 def find(model: ModelRecipe, run: RunSettings) -> ModelSource:

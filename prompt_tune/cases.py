@@ -66,8 +66,10 @@ class Cases:
             return Batch(labels=labels, features=features.to(self.device))
         pixels = torch.stack(
             [
-                self.backbone.preprocess.view(self.split.image(int(i)), view, self.seed, int(i))
-                for i, view in zip(indices, views, strict=True)
+                self.backbone.preprocess.view(
+                    self.split.image(i), view, self.seed, self.split.digests[i]
+                )
+                for i, view in zip(indices.tolist(), views, strict=True)
             ]
         ).to(self.device)
         if self.pixels:

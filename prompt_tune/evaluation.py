@@ -22,6 +22,8 @@ from prompt_tune.recipe import TuneRecipe
 from prompt_tune.setup import Setup, binding_digest, prepare, split_of
 from prompt_tune.statistics import with_intervals
 
+PART_SEED = 1  # of the stratified part and of the bootstrap: the same images for every run
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -87,7 +89,6 @@ def evaluate(
     *,
     split: str = "test",
     part: int | None = None,
-    part_seed: int = 1,
     setup: Setup | None = None,
     data: str | None = None,
     knowledge: Path | None = None,
@@ -112,7 +113,7 @@ def evaluate(
         if list_file.is_file():
             chosen = SampleList.load(list_file)
         else:
-            chosen = stratified_part(images, part, part_seed)
+            chosen = stratified_part(images, part, PART_SEED)
             chosen.save(list_file)
         images = chosen.apply(images)
     cases = setup.cases(images)
@@ -131,12 +132,14 @@ def evaluate(
             predictions.labels,
             patients=images.patients,
             resamples=resamples,
-            seed=part_seed,
+            seed=PART_SEED,
         ),
     }
     write_json_atomic(place / "metrics.json", result)
     figures.confusion_matrix(
-        predictions.probabilities, predictions.labels, predictions.class_names,
+        predictions.probabilities,
+        predictions.labels,
+        predictions.class_names,
         place / "confusion.png",
     )
     figures.reliability_diagram(

@@ -91,11 +91,11 @@ def class_rows(block: Block, class_id: str, spec: KnowledgeSpec, path: Path) -> 
     layer = _layer_index(block, spec.layer, path)
     if spec.rows == "tokens":
         return _keep(block.array(class_id, item)[:, layer], spec.keep, spaced=False)
-    states = [block.array(class_id, i) for i in range(count)]
-    if any(s.shape[0] != 1 for s in states):
+    items = [block.array(class_id, i) for i in range(count)]
+    if any(s.shape[0] != 1 for s in items):
         what = f"block {block.name!r} is not pooled to one row per text"
         raise MissingKnowledgeError(what, where=path, do="Use rows: tokens, or another block.")
-    return _keep(np.stack([s[0, layer] for s in states]), spec.keep, spaced=False)
+    return _keep(np.stack([s[0, layer] for s in items]), spec.keep, spaced=False)
 
 
 def derangement(count: int, seed: int) -> tuple[int, ...]:
@@ -151,5 +151,5 @@ def load_knowledge(
         if spec.control != "none":
             used = KnowledgeRows(tuple(_controlled(rows, spec, seed)))
         return LoadedKnowledge(
-            used, cache_file.content_id, block.name, block.id, tuple(alignment.unused)
+            used, cache_file.content_id, block.name, block.id, tuple(c.id for c in alignment.unused)
         )

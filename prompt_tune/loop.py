@@ -115,7 +115,6 @@ def train(
         parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
     )
     at = _Progress(method, optimizer, averaged_names(method, spec))
-    weights = epoch_weights(spec)
     start_epoch, start_step = 1, 0
     if (saved := load_state(folder, recipe_digest=digest)) is not None:
         at.restore(saved)
@@ -151,7 +150,7 @@ def train(
                 progress.advance(1, f"epoch {epoch}/{spec.epochs} loss {float(value):.3f}")
                 if spec.checkpoint_steps and (step + 1) % spec.checkpoint_steps == 0:
                     save_state(folder, at.state(epoch, step + 1), recipe_digest=digest)
-            _end_of_epoch(method, val, spec, at, weights, epoch, last)
+            _end_of_epoch(method, val, spec, at, epoch=epoch, steps=last)
             save_state(folder, at.state(epoch + 1, 0), recipe_digest=digest)
             if done >= total:
                 break
@@ -170,13 +169,14 @@ def _end_of_epoch(
     val: Cases | None,
     spec: TrainSpec,
     at: _Progress,
-    weights: tuple[float, ...],
+    *,
     epoch: int,
     steps: int,
 ) -> None:
     method.eval()
+    weights = epoch_weights(spec)
     for name, mean in at.average.items():
-        mean += weights[epoch - 1] * at.parameters[name].detach()
+        mean.add_(at.parameters[name].detach() * weights[epoch - 1])
     entry = {"epoch": epoch, "lr": learning_rate(spec, epoch), "loss": float(at.loss_sum) / steps}
     if spec.select == "best-val" and val is not None:
         entry["val_accuracy"] = accuracy(method, val, spec.batch_size)

@@ -16,15 +16,13 @@ from prompt_tune.setup import Setup
 
 
 def _half_precision_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """What OpenAI's `convert_weights` turns into fp16: convolutions, linears, attention, projections."""
+    """What OpenAI's `convert_weights` makes fp16: convolutions, linears, attention, projections."""
     tensors: list[torch.Tensor] = []
     for module in model.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
-            tensors += [module.weight.data] + ([module.bias.data] if module.bias is not None else [])
+            tensors += [p.data for p in module.parameters(recurse=False)]
         elif isinstance(module, nn.MultiheadAttention):
-            tensors += [
-                t.data for t in (module.in_proj_weight, module.in_proj_bias) if t is not None
-            ]
+            tensors += [p.data for p in module.parameters(recurse=False)]
         for name in ("text_projection", "proj"):
             value = getattr(module, name, None)
             if isinstance(value, nn.Parameter):

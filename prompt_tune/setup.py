@@ -158,9 +158,7 @@ def prepare(
             "block_id": loaded.block_id,
             "unused_classes": list(loaded.unused),
         }
-    return Setup(
-        recipe, source, backbone, loaded, method, train, val, lists, bindings, where
-    )
+    return Setup(recipe, source, backbone, loaded, method, train, val, lists, bindings, where)
 
 
 def binding_digest(recipe: TuneRecipe, bindings: dict[str, Any]) -> str:

@@ -45,3 +45,9 @@ def shared() -> Path:
 def tiny_models() -> ModuleType:
     """Builders of tiny random models."""
     return load_module(ROOT / "tests" / "tiny_models.py")
+
+
+@pytest.fixture(scope="session")
+def toy() -> ModuleType:
+    """Builders of a toy problem."""
+    return load_module(ROOT / "tests" / "toy.py")

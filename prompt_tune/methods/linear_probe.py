@@ -14,7 +14,7 @@ class LinearProbeConfig(MethodConfig):
     """Settings of the linear probe."""
 
     name: str = "linear-probe"
-    strengths: list[float] = [0.01, 0.1, 1.0, 10.0, 100.0]  # inverse L2 penalties tried
+    strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)  # inverse L2 penalties tried
     max_iterations: int = 1000
 
 

@@ -20,7 +20,7 @@ class ZeroShot(Method):
     """Class captions against image features; nothing is trained.
 
     `logit[b, c] = s <v_b, t_c>`, with `t_c` the normalised text feature of the caption, or the
-    normalised mean of the normalised features of all templates (Radford et al. 2021, section 3.1.4).
+    normalised mean of the normalised features of all templates (Radford et al. 2021, 3.1.4).
     """
 
     Config = ZeroShotConfig

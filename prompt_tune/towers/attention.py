@@ -1,5 +1,6 @@
 """Attention of a few live queries over keys that are stored at their smallest shape."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,23 +23,24 @@ class KeyValue:
 
 def visibility(
     queries: Sequence[Part], keys: Sequence[Part], device: torch.device, *, causal: bool
-) -> Bool[Tensor, "classes queries keys"] | None:
+) -> Bool[Tensor, "c n m"] | None:
     """Which key each query sees, or None where every query sees every key.
 
-    A padded key is never seen; a padded query sees every real key, so that its softmax is finite.
+    Dimensions along which nothing changes may have size 1. A padded key is never seen; a padded query sees every real key, so that its softmax is finite.
     """
-    at_key = _cat_positions(keys, device)
+    at_key = _cat_positions(keys)
     seen = at_key[:, None, :] >= 0
     if causal:
-        at_query = _cat_positions(queries, device)
+        at_query = _cat_positions(queries)
         at_query = torch.where(at_query < 0, at_key.max(), at_query)
         seen = seen & (at_query[:, :, None] >= at_key[:, None, :])
-    return None if bool(seen.all()) else seen
+    return None if bool(seen.all()) else seen.to(device)
 
 
-def _cat_positions(parts: Sequence[Part], device: torch.device) -> Tensor:
+def _cat_positions(parts: Sequence[Part]) -> Tensor:
     classes = max(p.classes for p in parts)
-    return torch.cat([p.on(device).position.expand(classes, -1) for p in parts], dim=1)
+    tables = [p.on(torch.device("cpu")).position for p in parts]
+    return torch.cat([t.expand(classes, -1) for t in tables], dim=1)
 
 
 def attend(
@@ -70,7 +72,7 @@ def _fused(query: Tensor, keys: Sequence[KeyValue], seen: Tensor | None) -> Tens
 
     mask = None
     if seen is not None:
-        mask = seen[:, None].expand(classes, heads, -1, -1).reshape(1, classes * heads, n, -1)
+        mask = seen[:, None].expand(classes, heads, -1, -1).flatten(0, 1)[None]
     out = F.scaled_dot_product_attention(
         query.reshape(batch, classes * heads, n, width),
         together([k.key for k in keys]),
@@ -89,7 +91,7 @@ def _by_part(query: Tensor, keys: Sequence[KeyValue], seen: Tensor | None) -> Te
     out = [
         _product("bchnm", w, "hmd", k.value, "bchnd") for w, k in zip(weights, keys, strict=True)
     ]
-    return torch.stack(out).sum(dim=0) if len(out) > 1 else out[0]
+    return functools.reduce(torch.add, out)
 
 
 def _product(left: str, a: Tensor, right: str, b: Tensor, out: str) -> Tensor:

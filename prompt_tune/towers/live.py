@@ -14,6 +14,7 @@ at every block. The result, gradients included, is that of the full computation.
 from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -69,15 +70,17 @@ def run(
         else:
             alive = present - {p.name for s in replaced[k + 1] for p in s.parts}
         streams = _step(block, streams, alive, masks, causal=causal)
-    return {
-        p.name: (p, x) for s in streams for x, p in zip(s.split(), s.parts, strict=True)
-    }
+    return {p.name: (p, x) for s in streams for x, p in zip(s.split(), s.parts, strict=True)}
 
 
 def _step(
     block: Block, streams: list[Stream], alive: Collection[str], masks: _Masks, *, causal: bool
 ) -> list[Stream]:
-    entered = [Stream(block.enter(s.x), s.parts) for s in streams]
+    normed = [block.enter(s.x) for s in streams]
+    unchanged = all(x is s.x for x, s in zip(normed, streams, strict=True))
+    entered = (
+        streams if unchanged else [Stream(x, s.parts) for x, s in zip(normed, streams, strict=True)]
+    )
     keys = _Keys(block, entered)
     return [
         _live(block, streams, entered, keys, names, classes, masks, causal=causal)
@@ -147,10 +150,8 @@ def _live(
 
     names_seen = tuple(k.part.name for k in seen)
     if (names, names_seen) not in masks:
-        device = here.x.device
-        masks[names, names_seen] = visibility(
-            parts, [k.part for k in seen], device, causal=causal
-        )
+        keys_seen = [k.part for k in seen]
+        masks[names, names_seen] = visibility(parts, keys_seen, here.x.device, causal=causal)
     queries = Stream(block.query(normed.x), parts)
     query = _table(queries).unflatten(-1, (block.heads, -1)).transpose(2, 3)
     out = attend(query, seen, masks[names, names_seen]).transpose(2, 3).flatten(-2)
@@ -164,24 +165,16 @@ def _select(streams: Sequence[Stream], names: Collection[str]) -> Stream:
 
 def _table(stream: Stream) -> Float[Tensor, "b c n w"]:
     """All parts of every class side by side, padded."""
+    if all(p.classes == 1 for p in stream.parts):
+        return stream.x.unsqueeze(1)
     tables = [p.unpack(x) for p, x in zip(stream.parts, stream.split(), strict=True)]
-    return tables[0] if len(tables) == 1 else _cat(tables)
-
-
-def _cat(tables: Sequence[Tensor]) -> Tensor:
-    import torch
-
-    return torch.cat(tables, dim=2)
+    return tables[0] if len(tables) == 1 else torch.cat(tables, dim=2)
 
 
 def _packed(table: Float[Tensor, "b c n w"], parts: Sequence[Part]) -> Float[Tensor, "b s w"]:
     """The inverse of `_table`."""
+    if all(p.classes == 1 for p in parts):
+        return table.squeeze(1)
     pieces = table.split([p.longest for p in parts], dim=2)
     packed = [p.pack(x) for p, x in zip(parts, pieces, strict=True)]
-    return packed[0] if len(packed) == 1 else _cat_packed(packed)
-
-
-def _cat_packed(packed: Sequence[Tensor]) -> Tensor:
-    import torch
-
-    return torch.cat(packed, dim=1)
+    return packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)

@@ -116,6 +116,10 @@ class Stream:
         """The states of each part; views."""
         return self.x.split([p.size for p in self.parts], dim=1)
 
+    def positions(self) -> Int[Tensor, "size"]:
+        """The place of every row in its class's sequence."""
+        return torch.cat([p.on(self.x.device).flat for p in self.parts])
+
     def only(self, names: Collection[str]) -> "Stream":
         """The stream of some of the parts."""
         if all(p.name in names for p in self.parts):

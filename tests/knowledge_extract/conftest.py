@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from cache.recipe import validate
+from knowledge_extract import engine, extraction
 from knowledge_extract.recipe import ExtractRecipe
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|bot|>", "<|stop|>"]
@@ -172,3 +173,33 @@ def make_recipe(recipe_data: dict[str, object]) -> Callable[..., ExtractRecipe]:
         return validate(ExtractRecipe, recipe_data | fields, where="recipe.yaml")
 
     return make
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model is impossible from here on."""
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(extraction, "load_model", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+@pytest.fixture
+def interrupt_after(monkeypatch):
+    """The user presses Ctrl-C after so many units."""
+
+    def arm(units):
+        real, done = engine.Engine.entries, []
+
+        def entries(self, unit):
+            if len(done) == units:
+                raise KeyboardInterrupt
+            done.append(unit)
+            return real(self, unit)
+
+        monkeypatch.setattr(engine.Engine, "entries", entries)
+        return lambda: monkeypatch.setattr(engine.Engine, "entries", real)
+
+    return arm

@@ -1,6 +1,7 @@
 """Finding a model, and the one line when it is not there."""
 
 import importlib
+import importlib.util
 import json
 import shutil
 
@@ -11,11 +12,11 @@ import pytest
 from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 
+import knowledge_extract
 from cache.errors import MissingExtraError, ModelError, SystemRefusedError
 from cache.recipe import validate
-from knowledge_extract import model as models
 from knowledge_extract import source as sources
-from knowledge_extract.gguf import kept_dtype
+from knowledge_extract.gguf import Conversion, kept_dtype
 from knowledge_extract.model import as_language_model, load_model, pick_device
 from knowledge_extract.recipe import ModelRecipe
 from knowledge_extract.settings import RunSettings
@@ -156,14 +157,54 @@ def test_a_revision_becomes_a_commit(monkeypatch, tmp_path):
     assert found.hub_options() == {"revision": commit, "local_files_only": True}
 
 
+def test_weights_of_a_hub_model_are_fetched_once_and_only_what_is_needed(monkeypatch):
+    files = ["config.json", "model-1.safetensors", "model-2.safetensors", "onnx/a.safetensors"]
+    files += ["pytorch_model.bin", "model.safetensors.index.json"]
+    fetched, here = [], {"model-1.safetensors"}
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_a, **_k: files)
+    monkeypatch.setattr(
+        huggingface_hub, "try_to_load_from_cache", lambda _n, f, **_k: f if f in here else None
+    )
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _n, f, **_k: fetched.append(f))
+    found = sources.ModelSource("a/b", {}, "", "", place="a/b", commit="c" * 40)
+    assert found.weights() == "a/b"
+    assert fetched == ["model-2.safetensors"]
+    here.add("model-2.safetensors")
+    found.weights()
+    assert fetched == ["model-2.safetensors"]
+
+    def refuse(*_args, **_kwargs):
+        raise hub.HfHubHTTPError("five hundred", response=response(500))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    with pytest.raises(ModelError, match="a/b: the weights cannot be fetched; found five hundred"):
+        found.weights()
+
+
+def absent(monkeypatch, package):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a)
+    )
+
+
+def test_a_machine_without_the_stage_s_packages(monkeypatch):
+    absent(monkeypatch, "transformers")
+    match = r"reading a language model needs the package 'transformers'.*vademecum\[extract\]"
+    with pytest.raises(MissingExtraError, match=match):
+        knowledge_extract.extract  # noqa: B018 - the attribute is what is tested
+    assert knowledge_extract.RunSettings is RunSettings
+
+
+def test_a_machine_without_gguf(monkeypatch, tmp_path):
+    absent(monkeypatch, "gguf")
+    with pytest.raises(MissingExtraError, match="reading a GGUF file needs the package 'gguf'"):
+        Conversion(tmp_path / "x.gguf", tmp_path / "models").weights()
+
+
 @pytest.mark.parametrize("quantisation", ["nf4", "fp4", "int8"])
 def test_a_missing_extra_is_named(model_folder, monkeypatch, quantisation):
-    real = models.importlib.util.find_spec
-    monkeypatch.setattr(
-        models.importlib.util,
-        "find_spec",
-        lambda name, *a: None if name == "bitsandbytes" else real(name, *a),
-    )
+    absent(monkeypatch, "bitsandbytes")
     match = f"quantisation '{quantisation}' needs the package 'bitsandbytes'.*pip install"
     with pytest.raises(MissingExtraError, match=match):
         load_model(find(folder=str(model_folder())), quantisation, "float32", 2, CPU)

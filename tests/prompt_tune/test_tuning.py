@@ -1,0 +1,331 @@
+"""Whole runs on a toy problem: every method, exact resume, controls, and what refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+
+from cache.errors import (
+    CacheMismatchError,
+    DataError,
+    MissingKnowledgeError,
+    RecipeError,
+    RunError,
+    UnknownNameError,
+    VademecumError,
+)
+from cache.recipe import validate
+from prompt_tune.checkpoint import STATE, WEIGHTS
+from prompt_tune.evaluation import evaluate
+from prompt_tune.recipe import TuneRecipe, load_tune_recipe
+from prompt_tune.tuning import tune
+
+CILMP = {
+    "name": "cilmp", "text_depth": "full", "visual_depth": 0, "prefix": 2, "suffix": 2, "rank": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def problem(
+    tmp_path_factory: pytest.TempPathFactory, toy: ModuleType, tiny_models: ModuleType
+) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("problem")
+    os.environ["VADEMECUM_HOME"] = str(folder / "home")
+    content = toy.cache(folder / "toy.h5")
+    return SimpleNamespace(
+        folder=folder,
+        data=str(toy.images(folder / "images")),
+        knowledge=folder / "toy.h5",
+        content=content,
+        backbone=tiny_models.tiny_assembled(folder / "backbone"),
+    )
+
+
+def _recipe(problem: SimpleNamespace, **changes: object) -> TuneRecipe:
+    base = {
+        "backbone": {"folder": str(problem.backbone)},
+        "method": CILMP,
+        "samples": {"shots": 4, "val_shots": 1},
+        "train": {"epochs": 6, "batch_size": 4, "lr": 0.01, "average": "prompts"},
+    }
+    return validate(TuneRecipe, base | changes, where="test")
+
+
+def _tune(problem: SimpleNamespace, out: Path, recipe: TuneRecipe, **more: object) -> dict:
+    more = {"knowledge": problem.knowledge} | more
+    return tune(recipe, data=problem.data, out=out, **more).run  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "zero-shot"},
+        {"name": "zero-shot", "ensemble": True},
+        {"name": "linear-probe"},
+        {"name": "coop"},
+        CILMP,
+        CILMP | {"condition": "none"},
+    ],
+    ids=lambda m: "-".join(str(v) for v in m.values())[:40],
+)
+def test_every_method_runs_and_evaluates(
+    problem: SimpleNamespace, tmp_path: Path, method: dict
+) -> None:
+    run = _tune(problem, tmp_path / "run", _recipe(problem, method=method))
+    assert run["status"] == "finished"
+    assert ("cache" in run["bindings"]) == (method["name"] == "cilmp")
+    result = evaluate(tmp_path / "run").result
+    assert result["images"] == 12
+    folder = tmp_path / "run" / "eval" / "test"
+    assert {p.name for p in folder.iterdir()} >= {
+        "predictions.csv", "metrics.json", "confusion.png", "reliability.png",
+    }  # fmt: skip
+    tensors = safetensors.torch.load_file(tmp_path / "run" / WEIGHTS)
+    assert sum(t.numel() for t in tensors.values()) == run["parameters"]["scalars"]
+
+
+def test_training_lowers_the_loss_and_the_linear_probe_separates(
+    problem: SimpleNamespace, tmp_path: Path
+) -> None:
+    history = _tune(problem, tmp_path / "a", _recipe(problem))["training"]["history"]
+    assert history[-1]["loss"] < history[0]["loss"]
+    _tune(problem, tmp_path / "b", _recipe(problem, method={"name": "linear-probe"}))
+    assert evaluate(tmp_path / "b").result["metrics"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("rows", ["layers", "texts", "attributes", "tokens"])
+def test_every_kind_of_rows(problem: SimpleNamespace, tmp_path: Path, rows: str) -> None:
+    recipe = _recipe(
+        problem, knowledge={"rows": rows}, train={"epochs": 1, "batch_size": 4, "lr": 0.01}
+    )
+    run = _tune(problem, tmp_path / "run", recipe)
+    assert run["bindings"]["cache"]["content_id"] == problem.content
+
+
+def test_controls_change_the_rows_and_nothing_else(
+    problem: SimpleNamespace, tmp_path: Path
+) -> None:
+    train = {"epochs": 1, "batch_size": 4, "lr": 0.01}
+    losses, counts = {}, {}
+    for control in ("cached", "shuffled", "random", "none"):
+        recipe = _recipe(problem, knowledge={"control": control}, train=train)
+        run = _tune(problem, tmp_path / control, recipe)
+        losses[control] = run["training"]["history"][0]["loss"]
+        counts[control] = run["parameters"]["scalars"]
+    assert len(set(losses.values())) == 4
+    assert counts["cached"] == counts["shuffled"] == counts["random"] > counts["none"]
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / WEIGHTS)
+
+
+CHILD = """
+import json, sys
+import prompt_tune.loop as loop
+from pathlib import Path
+from cache.recipe import validate
+from prompt_tune.recipe import TuneRecipe
+from prompt_tune.tuning import tune
+spec = json.loads(sys.argv[1])
+saved = loop.save_state
+def save(folder, state, *, recipe_digest):
+    saved(folder, state, recipe_digest=recipe_digest)
+    print(state.epoch, state.step, flush=True)
+    if [state.epoch, state.step] == spec["wait_at"]:
+        sys.stdin.read()
+loop.save_state = save
+tune(validate(TuneRecipe, spec["recipe"], where="child"), data=spec["data"], out=Path(spec["out"]),
+     knowledge=Path(spec["knowledge"]))
+"""
+
+
+def _killed_at(problem: SimpleNamespace, recipe: TuneRecipe, out: Path, wait_at: list[int]) -> None:
+    """Runs `tune` in a process that is killed right after saving the state `wait_at`."""
+    spec = {
+        "recipe": recipe.model_dump(mode="json"), "data": problem.data, "out": str(out),
+        "knowledge": str(problem.knowledge), "wait_at": wait_at,
+    }  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps(spec)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        for line in child.stdout:
+            if [int(x) for x in line.split()] == wait_at:
+                child.send_signal(signal.SIGKILL)
+                break
+        assert child.wait() == -signal.SIGKILL
+    assert (out / STATE).is_file()
+    assert not (out / WEIGHTS).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", ["prompts", "trainables"])
+def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    problem: SimpleNamespace, tmp_path: Path, average: str
+) -> None:
+    """Killed after epoch 3, and once in the middle of epoch 5; dropout and averaging included."""
+    train = {
+        "epochs": 6, "batch_size": 4, "lr": 0.01, "average": average, "views": 3,
+        "checkpoint_steps": 2,
+    }  # fmt: skip
+    recipe = _recipe(problem, train=train)
+    whole = _tune(problem, tmp_path / "whole", recipe)
+    out = tmp_path / "killed"
+    _killed_at(problem, recipe, out, [4, 0])
+    _killed_at(problem, recipe, out, [5, 2])
+    resumed = _tune(problem, out, recipe)
+    assert resumed["training"]["history"] == whole["training"]["history"]
+    first, second = _weights(tmp_path / "whole"), _weights(out)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_averaging_is_the_gaussian_mean_of_the_epochs(
+    problem: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prompt_tune.loop as loop
+    from prompt_tune.schedule import epoch_weights
+
+    seen: list[dict[str, torch.Tensor]] = []
+    end = loop._end_of_epoch
+
+    def spy(method, *rest):  # type: ignore[no-untyped-def]
+        seen.append({n: p.detach().double().clone() for n, p in method.trainable().items()})
+        end(method, *rest)
+
+    monkeypatch.setattr(loop, "_end_of_epoch", spy)
+    recipe = _recipe(problem)
+    result = tune(recipe, data=problem.data, out=tmp_path / "r", knowledge=problem.knowledge)
+    weights = epoch_weights(recipe.train)
+    assert result.setup is not None
+    prompts = result.setup.method.prompts()
+    assert prompts and prompts < set(seen[0])
+    for name, value in _weights(tmp_path / "r").items():
+        mean = sum(w * s[name] for w, s in zip(weights, seen, strict=True))
+        expected = mean if name in prompts else seen[-1][name]
+        assert torch.allclose(value.double(), torch.as_tensor(expected), atol=1e-6), name
+    assert any(not torch.allclose(seen[-1][n], seen[0][n]) for n in prompts)
+
+
+def test_a_finished_run_is_not_run_again(problem: SimpleNamespace, tmp_path: Path) -> None:
+    recipe = _recipe(problem, method={"name": "coop"})
+    _tune(problem, tmp_path / "r", recipe)
+    stamp = (tmp_path / "r" / WEIGHTS).stat().st_mtime_ns
+    time.sleep(0.01)
+    _tune(problem, tmp_path / "r", recipe)
+    assert (tmp_path / "r" / WEIGHTS).stat().st_mtime_ns == stamp
+    with pytest.raises(RunError, match=r"holds another run.*--overwrite"):
+        _tune(problem, tmp_path / "r", _recipe(problem, method={"name": "coop"}, seed=2))
+
+
+def test_best_validation_epoch_is_kept(problem: SimpleNamespace, tmp_path: Path) -> None:
+    train = {"epochs": 4, "batch_size": 4, "lr": 0.05, "select": "best-val"}
+    run = _tune(problem, tmp_path / "r", _recipe(problem, method={"name": "coop"}, train=train))
+    scores = [e["val_accuracy"] for e in run["training"]["history"]]
+    best = scores.index(max(scores)) + 1
+    assert run["training"]["kept"] == f"epoch {best}"
+    assert "best validation accuracy" in run["selection"]
+
+
+def test_a_smoke_run_says_so(problem: SimpleNamespace, tmp_path: Path) -> None:
+    method = CILMP | {"visual_depth": "full", "visual_prompts": 2}
+    train = {"epochs": 3, "batch_size": 4, "lr": 0.01, "max_steps": 2, "views": "live"}
+    run = _tune(problem, tmp_path / "r", _recipe(problem, method=method, train=train))
+    assert run["smoke"] is True
+    assert run["training"]["steps"] == 2
+    assert len(run["training"]["history"]) == 1
+
+
+def _fails(kind: type[VademecumError], text: str, call) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(kind, match=text) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_input_is_one_line(problem: SimpleNamespace, tmp_path: Path, toy: ModuleType) -> None:
+    def go(recipe: TuneRecipe, **more: object) -> None:
+        _tune(problem, tmp_path / "bad", recipe, **more)
+
+    fine = _recipe(problem)
+    _fails(
+        MissingKnowledgeError, "'cilmp' needs a knowledge cache. Pass --knowledge FILE",
+        lambda: go(fine, knowledge=None),
+    )  # fmt: skip
+    toy.cache(tmp_path / "few.h5", classes=toy.CLASSES[:2])
+    _fails(MissingKnowledgeError, "platelet", lambda: go(fine, knowledge=tmp_path / "few.h5"))
+    toy.cache(tmp_path / "other.h5", modality="chest X-ray")
+    _fails(
+        CacheMismatchError, "chest X-ray.*blood smear|blood smear.*chest X-ray",
+        lambda: go(fine, knowledge=tmp_path / "other.h5"),
+    )  # fmt: skip
+    expect = _recipe(problem, knowledge={"expect": "0" * 64})
+    _fails(CacheMismatchError, "0000", lambda: go(expect))
+    block = _recipe(problem, knowledge={"block": "layer"})
+    _fails(MissingKnowledgeError, "no block 'layer'.*Did you mean 'layers'", lambda: go(block))
+    layer = _recipe(problem, knowledge={"rows": "texts", "layer": 7})
+    _fails(
+        MissingKnowledgeError, r"does not hold layer 7; found layers \[4, 9\]", lambda: go(layer)
+    )
+    item = _recipe(problem, knowledge={"rows": "tokens", "item": 3})
+    _fails(
+        MissingKnowledgeError, "has no item 3 in block 'tokens'; found 1 items", lambda: go(item)
+    )
+    _fails(
+        UnknownNameError, "unknown tuning method 'copp'. Did you mean 'coop'",
+        lambda: _recipe(problem, method={"name": "copp"}),
+    )  # fmt: skip
+    _fails(
+        RecipeError, "unknown key 'rnak'. Did you mean 'rank'",
+        lambda: _recipe(problem, method=CILMP | {"rnak": 3}),
+    )  # fmt: skip
+    _fails(
+        RecipeError, "select best-val and train.average exclude each other",
+        lambda: _recipe(problem, train={"select": "best-val", "average": "prompts"}),
+    )  # fmt: skip
+    _fails(RecipeError, "no such recipe file or preset.*cilmp", lambda: load_tune_recipe("cilm"))
+    shots = _recipe(problem, samples={"shots": 50})
+    _fails(DataError, "too few images for 50 shots", lambda: go(shots))
+    _fails(RunError, "not a run folder", lambda: evaluate(tmp_path / "nothing"))
+    (tmp_path / "file").write_text("x")
+    _fails(RunError, "the run folder is a file", lambda: _tune(problem, tmp_path / "file", fine))
+
+
+def test_a_run_is_bound_to_its_cache_block(
+    problem: SimpleNamespace, tmp_path: Path, toy: ModuleType
+) -> None:
+    recipe = _recipe(problem, train={"epochs": 1, "batch_size": 4})
+    _tune(problem, tmp_path / "r", recipe)
+    toy.LAYERS, before = toy.LAYERS + 1, toy.LAYERS
+    try:
+        toy.cache(tmp_path / "another.h5")
+    finally:
+        toy.LAYERS = before
+    _fails(
+        RunError, "made with another cache",
+        lambda: evaluate(tmp_path / "r", knowledge=tmp_path / "another.h5"),
+    )  # fmt: skip
+
+
+def test_metrics_can_be_recomputed_from_predictions(
+    problem: SimpleNamespace, tmp_path: Path
+) -> None:
+    from prompt_tune.metrics import evaluate as measure
+    from prompt_tune.predictions import load_predictions
+
+    _tune(problem, tmp_path / "r", _recipe(problem, method={"name": "zero-shot"}))
+    found = evaluate(tmp_path / "r", part=9)
+    assert (found.result["images"], found.result["split_images"]) == (9, 12)
+    saved = load_predictions(found.folder / "predictions.csv")
+    again = measure(saved.probabilities, saved.labels, saved.class_names).to_json()
+    assert again == found.result["metrics"]

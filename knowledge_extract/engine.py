@@ -13,8 +13,9 @@ from knowledge_extract.batches import Batches
 from knowledge_extract.capture import Capture
 from knowledge_extract.generate import generate, pad_right, read
 from knowledge_extract.job import Job
-from knowledge_extract.model import LanguageModel, quiet
+from knowledge_extract.model import LanguageModel
 from knowledge_extract.pooling import reader_for, split_rows
+from knowledge_extract.quiet import quiet
 from knowledge_extract.recipe import AnswersBlock, StatesBlock
 from knowledge_extract.units import Piece, Task, Unit
 

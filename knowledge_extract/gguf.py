@@ -15,6 +15,7 @@ from cache.errors import ModelError
 from cache.progress import track
 from cache.user_folder import private_temporary, publish, storage_errors
 from knowledge_extract.extras import need
+from knowledge_extract.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,12 @@ class Conversion:
         return target
 
     def _guarded(self, write: Any, work: Path) -> None:
-        from knowledge_extract.model import quiet
-
         try:
             with quiet(), redirect_stderr(StringIO()):  # a bar that no switch turns off
                 write(work)
-        except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk; anything else is the library's word for an odd file
             what = "this GGUF file cannot be converted"
             found = str(error)[:300] or type(error).__name__
             raise ModelError(what, where=self.path.name, found=found) from error

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from knowledge_extract.job import Job
-from knowledge_extract.model import decoder_layers, quiet
+from knowledge_extract.model import decoder_layers
+from knowledge_extract.quiet import quiet
 from knowledge_extract.recipe import AnswersBlock
 from knowledge_extract.units import Unit
 

@@ -1,9 +1,6 @@
 """A causal language model with its tokenizer, loaded under one quantisation."""
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +9,7 @@ from torch import nn
 
 from cache.errors import ModelError, SystemRefusedError
 from knowledge_extract.extras import need
+from knowledge_extract.quiet import quiet
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.source import ModelSource
 
@@ -46,30 +44,6 @@ class LanguageModel:
         recurrent = getattr(self.model, "_is_stateful", False)
         alone = self.quantisation == "int8" or recurrent or (window and tokens > window)
         return 1 if alone else None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silences warnings, log lines and progress bars of the libraries while it is entered."""
-    from transformers.utils import logging as hf
-
-    level, bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    names = ("accelerate", "bitsandbytes", "gguf")
-    levels = {name: logging.getLogger(name).level for name in names}
-    try:
-        hf.set_verbosity_error()
-        hf.disable_progress_bar()
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf.set_verbosity(level)
-        if bar:
-            hf.enable_progress_bar()
-        for name, old in levels.items():
-            logging.getLogger(name).setLevel(old)
 
 
 def pick_device(wanted: str) -> str:

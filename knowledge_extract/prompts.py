@@ -7,6 +7,7 @@ from typing import Any
 
 from cache.errors import ModelError, RecipeError
 from cache.recipe import digest_of
+from knowledge_extract.quiet import quiet
 from knowledge_extract.source import ModelSource
 
 # Some chat templates write today's date; a cache must not depend on the day it was made.
@@ -128,8 +129,6 @@ def load_prompter(source: ModelSource, chat: str) -> Prompter:
     """
     from transformers import AutoTokenizer
 
-    from knowledge_extract.model import quiet
-
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source.texts(), **source.hub_options())
@@ -146,8 +145,6 @@ def load_configs(source: ModelSource) -> tuple[Any, Any]:
         ModelError: the configuration cannot be read.
     """
     from transformers import AutoConfig, GenerationConfig
-
-    from knowledge_extract.model import quiet
 
     try:
         with quiet():

@@ -12,6 +12,7 @@ from cache.progress import track
 from cache.recipe import digest_of
 from cache.user_folder import user_cache
 from knowledge_extract.gguf import Conversion
+from knowledge_extract.quiet import quiet
 from knowledge_extract.recipe import ModelRecipe
 from knowledge_extract.settings import RunSettings
 
@@ -215,11 +216,6 @@ def _fetch_weights(name: str, commit: str) -> None:
     """
     import huggingface_hub
     from huggingface_hub import errors as hub
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
 
     try:
         files = huggingface_hub.HfApi().list_repo_files(name, revision=commit)
@@ -229,16 +225,10 @@ def _fetch_weights(name: str, commit: str) -> None:
         left = [f for f in weights if not isinstance(cached(name, f, revision=commit), str)]
         if not left:
             return
-        silent = are_progress_bars_disabled()
-        disable_progress_bars()
-        try:
-            with track(f"fetching {name}", len(left)) as progress:
-                for file in left:
-                    huggingface_hub.hf_hub_download(name, file, revision=commit)
-                    progress.advance()
-        finally:
-            if not silent:
-                enable_progress_bars()
+        with quiet(), track(f"fetching {name}", len(left)) as progress:
+            for file in left:
+                huggingface_hub.hf_hub_download(name, file, revision=commit)
+                progress.advance()
     except (hub.OfflineModeIsEnabled, ConnectionError, TimeoutError):
         return  # what is here may be enough; the loader says if it is not
     except (hub.HfHubHTTPError, OSError) as error:

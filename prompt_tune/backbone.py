@@ -1,6 +1,5 @@
 """A frozen vision-language backbone: two towers, a tokenizer, a scale, and what identifies them."""
 
-import dataclasses
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -179,10 +178,6 @@ class Backbone:
             alignment=self.alignment,
             device=str(self.device),
         )
-
-    def renamed(self, name: str, notes: dict[str, str]) -> "Backbone":
-        """The same backbone under another name, with further notes."""
-        return dataclasses.replace(self, name=name, notes={**self.notes, **notes})
 
 
 def _visual(model: nn.Module) -> nn.Module:

@@ -97,6 +97,12 @@ def load_weights(path: Path, into: Mapping[str, nn.Parameter]) -> None:
             parameter.copy_(value)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes readable JSON, numbers as numbers, whole or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    write_atomic(path, (text + "\n").encode())
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """`run.json` of a run folder.
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from cache.durable import write_json_atomic
 from cache.errors import RunError
 from cache.progress import track
 from cache.recipe import validate
 from prompt_tune import figures
 from prompt_tune.cases import Cases
-from prompt_tune.checkpoint import WEIGHTS, load_weights, read_run
+from prompt_tune.checkpoint import WEIGHTS, load_weights, read_run, write_json
 from prompt_tune.data.few_shot import SampleList, stratified_part
 from prompt_tune.method import Method
 from prompt_tune.metrics import evaluate as measure
@@ -135,7 +134,7 @@ def evaluate(
             seed=PART_SEED,
         ),
     }
-    write_json_atomic(place / "metrics.json", result)
+    write_json(place / "metrics.json", result)
     figures.confusion_matrix(
         predictions.probabilities,
         predictions.labels,

@@ -1,7 +1,7 @@
 """Conditional low-rank interventions on frozen hidden rows, and their projection to prompt tokens.
 
-With h a row of width D, v the image feature and r the rank (CILMP, "Conditional Intervention of
-Large Language Models for Medical Prompt Tuning"; its ancestor is LoReFT, Wu et al. 2024, eq. 2):
+With h a row of width D, v the image feature and r the rank (CILMP, Du et al. 2025; its ancestor is
+LoReFT, `h + R^T (W h + b - R h)`, Wu et al. 2024, eq. 2, in pyreft):
 
     m  = U2 (U1 v + b1) + b2                        two linear maps, no activation between
     h' = Dropout(h + R (W [h; m * h] + b - R^T h))  on the first and the last rows of a class
@@ -55,7 +55,7 @@ class _DroppedProjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd passes by position
         ctx: Any,
         h: Float[Tensor, "rows width"],
         delta: Float[Tensor, "rows batch rank"],
@@ -82,8 +82,8 @@ class _DroppedProjection(torch.autograd.Function):
         return x.add_(h[:, None]).mul_(mask).div_(1 - p)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, delta, rotation, down = ctx.saved_tensors
         mask = _DroppedProjection._mask(ctx, h, delta)
         x = _DroppedProjection._dropped(h, delta, rotation, mask, ctx.dropout)
@@ -273,7 +273,7 @@ class PromptStage(nn.Module):
         """
         context = self.context.to(v.dtype)
         if rows is None or self.projection is None:
-            return Stage(context, None, None, None)
+            return Stage(context)
         down, up = self.projection.A, self.projection.B
 
         def tokens(group: Intervention | None, h: Tensor, mask: Tensor | None) -> Tensor | None:

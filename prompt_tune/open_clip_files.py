@@ -8,13 +8,12 @@ import copy
 import dataclasses
 import difflib
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cache.errors import ModelError
 from prompt_tune.hub_files import hub_errors, hub_folder
@@ -40,9 +39,6 @@ TOKENIZER = (
     "spiece.model",
 )
 FORMATS = {".safetensors", ".bin", ".pt", ".pth"}
-SIZE_MISMATCH = re.compile(
-    r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)"
-)
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,9 @@ def arch_source(arch: str, weights: Path) -> Source:
     if not weights.is_file():
         what = "no such weights file"
         raise ModelError(what, where=weights, do="Check backbone.weights.")
+    if weights.suffix not in FORMATS:
+        what = "weights of an unknown format"
+        raise ModelError(what, where=weights.name, found=weights.suffix, wanted="safetensors")
     return Source(arch, config, {}, weights, notes={"source": f"{arch} + {weights.name}"})
 
 
@@ -170,7 +169,7 @@ def _is_hf_config(path: Path) -> bool:
 
 
 def new_model(source: Source) -> nn.Module:
-    """The model with random weights, in fp32 on CPU; torch's own generator is left as it was.
+    """The model with random weights, in fp32 on CPU, in eval mode; torch's generator is untouched.
 
     Raises:
         ModelError: a kind of model that is not supported, or a configuration that does not fit.
@@ -193,49 +192,57 @@ def new_model(source: Source) -> nn.Module:
             except (TypeError, ValueError, KeyError, RuntimeError) as error:
                 what = f"open_clip cannot build this configuration ({error})"
                 raise ModelError(what, where=source.name) from error
-    return model
+    return model.eval()
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fills the model from a file, every tensor of it, by open_clip's own conversions.
+    """Fills the model from a file, every tensor of it, under open_clip's own conversions of names.
+
+    Differs: position embeddings are never resized to another image size or context.
 
     Raises:
         ModelError: unreadable, unsafe, or tensors that are missing, unexpected or of another shape.
     """
-    from open_clip.factory import load_checkpoint
+    from open_clip.convert import convert_state_dict
+    from open_clip.factory import load_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
 
-    if path.suffix not in FORMATS:
-        what = "weights of an unknown format"
-        raise ModelError(what, where=path.name, found=path.suffix, wanted="safetensors")
     try:
-        keys: Any = load_checkpoint(model, str(path), strict=False, weights_only=True)
-    except RuntimeError as error:
-        wrong = SIZE_MISMATCH.findall(" ".join(str(error).split()))
-        if not wrong:
-            raise _unreadable(path) from error
-        what = f"{len(wrong)} tensors have another shape"
-        name, found, wanted = wrong[0]
-        raise ModelError(what, where=path.name, found=f"{name} {found}", wanted=wanted) from error
+        state = load_state_dict(str(path), weights_only=True)
+        state = convert_state_dict(model, state)
     except Exception as error:  # damaged files raise whatever their parser raises
         raise _unreadable(path) from error
-    refuse_other_tensors(keys.missing_keys, keys.unexpected_keys, path.name)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for name in [n for n in state if n.endswith("embeddings.position_ids")]:
+        del state[name]  # older versions of transformers kept it
+    fill(model, state, path.name)
 
 
-def refuse_other_tensors(missing: list[str], unexpected: list[str], where: str) -> None:
-    """Nothing, if both lists are empty.
+def fill(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Copies every tensor of `state` into the module, in the module's precision.
 
     Raises:
-        ModelError: they are not; the first of each is named.
+        ModelError: tensors are missing, unexpected or of another shape; they are named.
     """
-    if missing or unexpected:
-        listed = [
-            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for kind, names in (("missing", missing), ("unexpected", unexpected))
-            if names
-        ]
-        do = "Check that the weights belong to this architecture."
-        what = "the weights do not fit the model"
-        raise ModelError(what, where=where, found=" and ".join(listed), do=do)
+    here = module.state_dict()
+    missing, unexpected = sorted(here.keys() - state.keys()), sorted(state.keys() - here.keys())
+    found = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if found:
+        what, do = "the weights do not fit the model", "Check that they belong to it."
+        raise ModelError(what, where=where, found=" and ".join(found), do=do)
+    for name, value in here.items():
+        if value.ndim <= 1 and value.numel() == state[name].numel() == 1:
+            state[name] = state[name].reshape(value.shape)  # a scale may be stored as [1]
+        if value.shape != state[name].shape:
+            what = f"the tensor {name} has another shape"
+            shapes = list(state[name].shape), list(value.shape)
+            raise ModelError(what, where=where, found=shapes[0], wanted=shapes[1])
+    module.load_state_dict(state)
 
 
 def _unreadable(path: Path) -> ModelError:

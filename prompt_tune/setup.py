@@ -74,7 +74,12 @@ def split_of(source: DataSource, name: str, data: str) -> ImageSplit:
 
 def _chosen(split: ImageSplit, shots: int | None, seed: int, file: Path) -> SampleList | None:
     if file.is_file():
-        return SampleList.load(file)
+        stored = SampleList.load(file, split)
+        if stored.size != shots:
+            what = "the saved sample list was drawn with another number of shots"
+            do = "Use another run folder."
+            raise DataError(what, where=file, found=stored.size, wanted=shots, do=do)
+        return stored
     if shots is None:
         return None
     chosen = few_shot(split, shots, seed, allow_fewer=split.name != "train")

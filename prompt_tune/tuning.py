@@ -10,9 +10,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from cache.durable import write_atomic, write_json_atomic
+from cache.durable import write_atomic
 from cache.errors import RunError
-from prompt_tune.checkpoint import RUN, STATE, WEIGHTS, read_run
+from prompt_tune.checkpoint import RUN, STATE, WEIGHTS, read_run, write_json
 from prompt_tune.loop import train
 from prompt_tune.method import Method
 from prompt_tune.published import averaged_backbone
@@ -127,13 +127,13 @@ def tune(
         "versions": versions(),
         "local": {"data": data, "knowledge": str(knowledge) if knowledge else None},
     }
-    write_json_atomic(out / RUN, run)
+    write_json(out / RUN, run)
     run["training"] = dict(_fit(setup, out, digest))
     if recipe.train.average == "published":
         setup = averaged_backbone(setup)
     tensors = {n: p.detach().cpu().contiguous() for n, p in setup.method.trainable().items()}
     write_atomic(out / WEIGHTS, safetensors.torch.save(tensors))
     run["status"] = "finished"
-    write_json_atomic(out / RUN, run)
+    write_json(out / RUN, run)
     (out / STATE).unlink(missing_ok=True)
     return RunResult(out, run, setup)

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import prompt_tune  # noqa: F401 - makes torchvision importable beside CPU torch
 import torch
 from safetensors.torch import save_file
+
+import prompt_tune  # noqa: F401 - makes torchvision importable beside CPU torch
 
 WORDS = """
 a an and are as at by can describe distinctive features for from has how image in is it kind look

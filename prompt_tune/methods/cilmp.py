@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cache.errors import ModelError, RecipeError
-from prompt_tune.backbone import Backbone
 from prompt_tune.context import start_context
 from prompt_tune.interventions import PromptStage, Rows, Sizes
 from prompt_tune.method import Batch, KnowledgeRows, Method, MethodConfig, Problem
@@ -43,8 +42,11 @@ class CilmpConfig(MethodConfig):
 
 
 class CILMP(Method):
-    """Conditional interventions on frozen LLM rows as deep prompts of the text tower, with deep
-    visual prompts in the image tower (CILMP; the equations are in `prompt_tune.interventions`).
+    """Deep text prompts from frozen LLM rows, intervened on given the image; deep visual prompts.
+
+    Conditional Intervention of LLMs for Prompt Tuning (Du, Yu and Wang, "Medical Knowledge
+    Intervention Prompt Tuning for Medical Image Classification", IEEE TMI 2025), as its published
+    code computes it; the equations of a row are in `prompt_tune.interventions`.
 
     The text sequence is start, context, the class's rows, its name, ".", end; only start, name, "."
     and end are the frozen model's. Stage k makes the context and the rows that stand at the input
@@ -88,7 +90,6 @@ class CILMP(Method):
         rows = problem.rows
         if rows is not None:
             _check(rows, problem.class_names, config)
-        self._counts = rows.counts if rows is not None else (0,) * len(problem.class_names)
         self.rows = None if rows is None else Rows(rows.values, config.prefix, config.suffix)
 
         sizes = Sizes(
@@ -110,17 +111,12 @@ class CILMP(Method):
         self.visual_prompt = nn.ParameterList(
             0.02 * torch.randn(config.visual_prompts, image.width) for _ in range(visual_depth)
         )
-        self.rebind(problem.backbone)
-
-    def rebind(self, backbone: Backbone) -> None:
-        """Moves the method to another backbone of the same shape."""
-        self.backbone = backbone
-        grouped = (self.settings.prefix, self.settings.suffix) if self.rows is not None else (0, 0)
+        grouped = (config.prefix, config.suffix) if rows is not None else (0, 0)
         self.layout = PromptLayout.build(
-            backbone.text,
-            self.class_names,
-            n_context=self.settings.n_context,
-            row_counts=self._counts,
+            text,
+            problem.class_names,
+            n_context=config.n_context,
+            row_counts=rows.counts if rows is not None else None,
             intervened=grouped,
         )
 

@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
-from prompt_tune.backbone import Backbone
 from prompt_tune.context import start_context
 from prompt_tune.method import Batch, Method, MethodConfig, Problem
 from prompt_tune.towers import PromptLayout, Stage
@@ -39,29 +39,20 @@ class CoOp(Method):
         super().__init__(config, problem)
         self.settings = config
         copies = len(problem.class_names) if config.class_specific else 1
-        starts = [
-            start_context(problem.backbone.text, config.context, config.n_context)
-            for _ in range(copies)
-        ]
-        self.context = nn.Parameter(nn.utils.rnn.pad_sequence(starts, batch_first=True))
-        if not config.class_specific:
-            self.context = nn.Parameter(starts[0])
-        self.rebind(problem.backbone)
-
-    def rebind(self, backbone: Backbone) -> None:
-        """Moves the method to another backbone of the same shape."""
-        self.backbone = backbone
+        starts = torch.stack(
+            [
+                start_context(problem.backbone.text, config.context, config.n_context)
+                for _ in range(copies)
+            ]
+        )
+        self.context = nn.Parameter(starts if config.class_specific else starts[0])
         self.layout = PromptLayout.build(
-            backbone.text,
-            self.class_names,
-            n_context=self.settings.n_context,
-            row_counts=(0,) * len(self.class_names),
-            intervened=(0, 0),
+            problem.backbone.text, problem.class_names, n_context=config.n_context
         )
 
     def text_features(self) -> Float[Tensor, "1 classes embed"]:
         """Text features of every class, before normalisation."""
-        stage = Stage(self.context, None, None, None)
+        stage = Stage(self.context)
         return self.backbone.text.encode(self.layout, [stage])
 
     def logits(self, batch: Batch) -> Float[Tensor, "batch classes"]:

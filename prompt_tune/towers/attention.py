@@ -26,7 +26,8 @@ def visibility(
 ) -> Bool[Tensor, "c n m"] | None:
     """Which key each query sees, or None where every query sees every key.
 
-    Dimensions along which nothing changes may have size 1. A padded key is never seen; a padded query sees every real key, so that its softmax is finite.
+    Dimensions along which nothing changes may have size 1. A padded key is never seen; a padded
+    query sees every real key, so that its softmax is finite.
     """
     at_key = _cat_positions(keys)
     seen = at_key[:, None, :] >= 0

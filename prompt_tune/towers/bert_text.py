@@ -1,5 +1,6 @@
 """BiomedCLIP-style text tower: BERT inside open_clip's `HFTextEncoder`."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from cache.errors import ModelError
-from prompt_tune.towers.layout import END, PromptLayout
+from prompt_tune.towers.layout import END
 from prompt_tune.towers.text import Outputs, TextTower, padded
 
 _ALL = frozenset({"start", "context", "prefix", "middle", "suffix", "name", END})
@@ -99,9 +100,9 @@ class BertTextTower(TextTower):
         x = x + table.token_type_embeddings.weight[0]
         return table.LayerNorm(x + table.position_embeddings.weight[at])
 
-    def _pool(self, layout: PromptLayout, outputs: Outputs) -> Float[Tensor, "b classes embed"]:
+    def _pool(self, outputs: Outputs) -> Float[Tensor, "b classes embed"]:
         if self.mean:
-            pooled = _mean(layout, outputs)
+            pooled = _mean(outputs)
         else:
             pooled = outputs["start"][1]
             if isinstance(self.encoder.pooler, hf_model.ClsPooler) and self.bert.pooler is not None:
@@ -109,18 +110,14 @@ class BertTextTower(TextTower):
         return self.encoder.proj(pooled)
 
 
-def _mean(layout: PromptLayout, outputs: Outputs) -> Float[Tensor, "b classes w"]:
-    total: Tensor | None = None
+def _mean(outputs: Outputs) -> Float[Tensor, "b classes w"]:
+    totals, counts = [], []
     for part, x in outputs.values():
+        valid = part.on(x.device).valid
         table = part.unpack(x)
-        if not part.even:
-            table = table.where(part.on(x.device).valid[:, :, None], 0)
-        total = table.sum(dim=2) if total is None else total + table.sum(dim=2)
-    if total is None:
-        message = "nothing to pool"
-        raise ValueError(message)
-    lengths = torch.tensor(layout.lengths, dtype=total.dtype, device=total.device)
-    return total / lengths[:, None]
+        totals.append((table if part.even else table.where(valid[:, :, None], 0)).sum(dim=2))
+        counts.append(valid.sum(dim=1, keepdim=True))
+    return functools.reduce(torch.add, totals) / functools.reduce(torch.add, counts)
 
 
 def _out(projection: nn.Module, width: int) -> int:

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cache.errors import ModelError
 from prompt_tune.towers.clip_blocks import clip_blocks
 from prompt_tune.towers.layout import END, PromptLayout
+from prompt_tune.towers.parts import Stream
 from prompt_tune.towers.text import Outputs, TextTower, padded
 
 
@@ -32,6 +34,7 @@ class ClipTextTower(TextTower):
         length = min(int(model.context_length), int(tokenizer.context_length))
         super().__init__(model, tokenizer, length)
         self.forward = forward
+        self._start: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
         self.blocks = clip_blocks(model.transformer, "text")
         self.width = int(model.token_embedding.weight.shape[1])
         self.embed_dim = _out(model.text_projection, self.width)
@@ -60,12 +63,28 @@ class ClipTextTower(TextTower):
     def _plain(self, ids: Sequence[Sequence[int]]) -> Float[Tensor, "n embed"]:
         pad = int(getattr(self.module, "pad_id", 0))
         full = int(self.module.context_length)  # type: ignore[arg-type]
-        return self.forward(padded(ids, full, pad, self.device))
+        out = self.forward(padded(ids, full, pad, self.device))
+        return out[0] if isinstance(out, tuple) else out
+
+    def _constant(self, layout: PromptLayout, k: int) -> list[Stream]:
+        """The start token sees nothing but itself: its states are computed once for all calls."""
+        start = layout.parts["start"]
+        known = self._start.setdefault((layout.start_id, self.device, self.dtype), [])
+        with torch.no_grad():
+            if not known:
+                known.append(
+                    self._first(self.embed([layout.start_id])[None], start.on(self.device).flat)
+                )
+            while len(known) <= k:
+                x, block = known[-1], self.blocks[len(known) - 1]
+                value = block.key_value(block.enter(x))[..., self.width :]
+                known.append(block.close(x, value))
+        return [Stream(known[k], (start,))]
 
     def _first(self, x: Float[Tensor, "b size w"], at: Tensor) -> Float[Tensor, "b size w"]:
         return x + self.module.positional_embedding[at]  # type: ignore[index]
 
-    def _pool(self, layout: PromptLayout, outputs: Outputs) -> Float[Tensor, "b classes embed"]:
+    def _pool(self, outputs: Outputs) -> Float[Tensor, "b classes embed"]:
         _, x = outputs[END]
         module: Any = self.module
         x = module.ln_final(x)

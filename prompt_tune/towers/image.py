@@ -71,7 +71,7 @@ class ImageTower(ABC):
         Raises:
             ModelError: there are prompts for more blocks than the tower has.
         """
-        prompts = prompts or ()
+        prompts = [] if prompts is None else [p.to(self.dtype) for p in prompts]
         if len(prompts) > self.depth:
             raise ModelError(
                 "the visual prompt depth does not fit the image tower",
@@ -82,7 +82,7 @@ class ImageTower(ABC):
         x = self._embed(images.to(self.dtype))
         inputs = [Stream(x, self._parts(x.shape[1]))]
         replaced: list[list[Stream]] = [[] for _ in self.blocks]
-        if len(prompts):
+        if prompts:
             part = _prompt_part(prompts, x.shape[1])
             inputs.append(Stream(self._norm_first(prompts[0])[None], (part,)))
             for k, prompt in enumerate(prompts[1:], start=1):

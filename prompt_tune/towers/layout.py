@@ -27,14 +27,15 @@ class Stage:
     that the part is carried through from the block before.
 
     Args:
-        context: `[n_context, width]` shared by all classes, or `[classes, n_context, width]`.
+        context: `[n_context, width]` shared by all classes, or `[classes, n_context, width]`, or
+            `[batch, classes, n_context, width]` where it depends on the image.
         prefix: `[batch or 1, classes, p, width]`, the first rows; may depend on the image.
         suffix: `[batch or 1, classes, s, width]`, the last rows; may depend on the image.
         middle: `[sum over classes of (rows - p - s), width]`, class after class; the rows between
             prefix and suffix, the same for every image.
     """
 
-    context: Float[Tensor, "*classes n_context width"] | None
+    context: Float[Tensor, "*batch_classes n_context width"] | None
     prefix: Float[Tensor, "batch classes p width"] | None = None
     suffix: Float[Tensor, "batch classes s width"] | None = None
     middle: Float[Tensor, "rows width"] | None = None
@@ -128,7 +129,7 @@ class PromptLayout:
         )
 
     def streams(self, stage: Stage, *, complete: bool) -> list[Stream]:
-        """The rows of a stage, those of the same batch together.
+        """The rows of a stage, each part by itself.
 
         Args:
             stage: what to place.
@@ -140,21 +141,20 @@ class PromptLayout:
             "middle": stage.middle,
             "suffix": stage.suffix,
         }
-        by_batch: dict[int, list[Stream]] = {}
+        streams = []
         for name, x in given.items():
             part = self.parts.get(name)
-            if x is None or part is None:
-                if (x is None) != (part is None) and (complete or part is None):
-                    message = f"stage and layout differ in whether there is a {name}"
-                    raise ValueError(message)
-                continue
-            stream = _stream(part, x, self.classes)
-            by_batch.setdefault(stream.batch, []).append(stream)
-        return [Stream.of(streams) for streams in by_batch.values()]
+            empty = x is None or x.shape[-2] == 0
+            if (part is None and not empty) or (part is not None and x is None and complete):
+                message = f"stage and layout differ in whether there is a {name}"
+                raise ValueError(message)
+            if part is not None and x is not None:
+                streams.append(_stream(part, x, self.classes))
+        return streams
 
 
 def _stream(part: Part, x: Tensor, classes: int) -> Stream:
-    if part.name == "context" and x.ndim == 3:
+    if part.name == "context" and x.ndim > 2:
         part = part.over(classes)
     shape = {2: (part.size,), 3: (classes, part.longest), 4: (classes, part.longest)}
     if x.ndim not in shape or x.shape[max(0, x.ndim - 3) : -1] != shape[x.ndim]:

@@ -7,8 +7,8 @@ At block k the output of position p is computed if and only if
 
 A position replaced at block k+1 gives block k its keys and values and nothing else. Every state is
 kept at the smallest shape it has: what depends neither on the image nor on the class is computed
-once, what depends only on the class once per class. In a causal tower that includes the start token
-at every block. The result, gradients included, is that of the full computation.
+once, what depends only on the class once per class. The result, gradients included, is that of the
+full computation.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -69,23 +69,9 @@ def run(
             alive = present & set(read)
         else:
             alive = present - {p.name for s in replaced[k + 1] for p in s.parts}
-        streams = _step(block, streams, alive, masks, causal=causal)
+        step = _Step(block, streams, masks, causal=causal)
+        streams = [step.output(*group) for group in _groups(streams, alive, causal=causal)]
     return {p.name: (p, x) for s in streams for x, p in zip(s.split(), s.parts, strict=True)}
-
-
-def _step(
-    block: Block, streams: list[Stream], alive: Collection[str], masks: _Masks, *, causal: bool
-) -> list[Stream]:
-    normed = [block.enter(s.x) for s in streams]
-    unchanged = all(x is s.x for x, s in zip(normed, streams, strict=True))
-    entered = (
-        streams if unchanged else [Stream(x, s.parts) for x, s in zip(normed, streams, strict=True)]
-    )
-    keys = _Keys(block, entered)
-    return [
-        _live(block, streams, entered, keys, names, classes, masks, causal=causal)
-        for classes, names in _groups(streams, alive, causal=causal)
-    ]
 
 
 def _visible(part: Part, parts: Iterable[Part], *, causal: bool) -> list[Part]:
@@ -130,32 +116,37 @@ class _Keys:
             self.known[part.name] = KeyValue(part, key, value)
 
 
-def _live(
-    block: Block,
-    streams: Sequence[Stream],
-    entered: Sequence[Stream],
-    keys: _Keys,
-    names: tuple[str, ...],
-    classes: int,
-    masks: _Masks,
-    *,
-    causal: bool,
-) -> Stream:
-    """The block's output at the parts `names`."""
-    here = _select(streams, names).over(classes)
-    normed = here if streams is entered else _select(entered, names).over(classes)
-    parts = here.parts
-    last = max(parts, key=lambda p: p.rank)
-    seen = keys.of(_visible(last, keys.parts, causal=causal))
+class _Step:
+    """One block over the streams that enter it."""
 
-    names_seen = tuple(k.part.name for k in seen)
-    if (names, names_seen) not in masks:
-        keys_seen = [k.part for k in seen]
-        masks[names, names_seen] = visibility(parts, keys_seen, here.x.device, causal=causal)
-    queries = Stream(block.query(normed.x), parts)
-    query = _table(queries).unflatten(-1, (block.heads, -1)).transpose(2, 3)
-    out = attend(query, seen, masks[names, names_seen]).transpose(2, 3).flatten(-2)
-    return Stream(block.close(here.x, _packed(out, parts)), parts)
+    def __init__(
+        self, block: Block, streams: Sequence[Stream], masks: _Masks, *, causal: bool
+    ) -> None:
+        self.block, self.streams, self.masks, self.causal = block, streams, masks, causal
+        self.entered = [Stream(block.enter(s.x), s.parts) for s in streams]
+        self.keys = _Keys(block, self.entered)
+
+    def output(self, classes: int, names: tuple[str, ...]) -> Stream:
+        """The block's output at the parts `names`."""
+        here = _select(self.streams, names).over(classes)
+        entered = _select(self.entered, names).over(classes)
+        parts = here.parts
+        last = max(parts, key=lambda p: p.rank)
+        seen = self.keys.of(_visible(last, self.keys.parts, causal=self.causal))
+        mask = self._mask(parts, [k.part for k in seen], here.x.device)
+
+        query = _table(Stream(self.block.query(entered.x), parts))
+        query = query.unflatten(-1, (self.block.heads, -1)).transpose(2, 3)
+        out = attend(query, seen, mask).transpose(2, 3).flatten(-2)
+        return Stream(self.block.close(here.x, _packed(out, parts)), parts)
+
+    def _mask(
+        self, queries: Sequence[Part], keys: Sequence[Part], device: torch.device
+    ) -> Bool[Tensor, "c n m"] | None:
+        names = tuple(p.name for p in queries), tuple(p.name for p in keys)
+        if names not in self.masks:
+            self.masks[names] = visibility(queries, keys, device, causal=self.causal)
+        return self.masks[names]
 
 
 def _select(streams: Sequence[Stream], names: Collection[str]) -> Stream:

@@ -28,7 +28,7 @@ class _Gather(torch.autograd.Function):
         return x.index_select(1, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         inverse, keep = ctx.saved_tensors
         out = grad.index_select(1, inverse)
         return (out if keep is None else out * keep), None, None, None
@@ -145,3 +145,11 @@ class Stream:
         batch = max(s.batch for s in streams)
         x = torch.cat([s.x.expand(batch, -1, -1) for s in streams], dim=1)
         return Stream(x, tuple(p for s in streams for p in s.parts))
+
+    @staticmethod
+    def grouped(streams: Sequence["Stream"]) -> list["Stream"]:
+        """The same rows in as few streams as there are batches."""
+        by_batch: dict[int, list[Stream]] = {}
+        for stream in streams:
+            by_batch.setdefault(stream.batch, []).append(stream)
+        return [Stream.of(group) for group in by_batch.values()]

@@ -105,12 +105,11 @@ class TextTower(ABC):
                 do="Change method.text_depth.",
             )
         inputs = [self._place(s) for s in self._inputs(layout, stages[0])]
-        replaced = [layout.streams(s, complete=False) for s in stages]
-        replaced += [[] for _ in range(self.depth - len(stages))]
+        replaced = [self._replaced(layout, stages, k) for k in range(self.depth)]
         read = self.reads & set(layout.parts)
         causal = self.kind == "causal"
         outputs = live.run(self.blocks, inputs, replaced, read=read, causal=causal)
-        return self._pool(layout, outputs)
+        return self._pool(outputs)
 
     def _inputs(self, layout: PromptLayout, stage: Stage) -> list[Stream]:
         names = [i for own in layout.name_ids for i in own]
@@ -118,11 +117,26 @@ class TextTower(ABC):
         sizes = [layout.parts[p].size if p in layout.parts else 0 for p in ("start", "name", END)]
         start, *rest = tokens[None].split(sizes, dim=1)
         parts = [layout.parts[p] for p in ("name", END) if p in layout.parts]
-        return [
+        given = [
             Stream(start, (layout.parts["start"],)),
-            *layout.streams(stage, complete=True),
+            *self._cast(layout.streams(stage, complete=True)),
             Stream(torch.cat(rest, dim=1), tuple(parts)),
         ]
+        return Stream.grouped(given)
+
+    def _replaced(self, layout: PromptLayout, stages: Sequence[Stage], k: int) -> list[Stream]:
+        """What overwrites the input of block k."""
+        given = self._constant(layout, k)
+        if k < len(stages):
+            given += self._cast(layout.streams(stages[k], complete=False))
+        return Stream.grouped(given)
+
+    def _constant(self, layout: PromptLayout, k: int) -> list[Stream]:  # noqa: ARG002
+        """What enters block k whatever the prompts are."""
+        return []
+
+    def _cast(self, streams: Sequence[Stream]) -> list[Stream]:
+        return [Stream(s.x.to(self.dtype), s.parts) for s in streams]
 
     def _place(self, stream: Stream) -> Stream:
         return Stream(self._first(stream.x, stream.positions()), stream.parts)
@@ -145,7 +159,7 @@ class TextTower(ABC):
         """What enters block 0 from token embeddings and their positions."""
 
     @abstractmethod
-    def _pool(self, layout: PromptLayout, outputs: Outputs) -> Float[Tensor, "b classes embed"]:
+    def _pool(self, outputs: Outputs) -> Float[Tensor, "b classes embed"]:
         """The embedding from the last block's output."""
 
 

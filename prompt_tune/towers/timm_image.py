@@ -88,16 +88,17 @@ def _check(trunk: Any) -> None:
     if trunk.attn_pool is not None or trunk.global_pool not in ("token", "avg"):
         _refuse(f"{type(trunk).__name__} with pooling {trunk.global_pool!r}")
     for block in trunk.blocks:
-        if type(block) is not Block or type(block.attn) is not Attention:
-            _refuse(f"a block {type(block).__name__} with {type(block.attn).__name__}")
-        if not isinstance(block.attn.q_norm, nn.Identity) or block.attn.gate is not None:
-            _refuse("attention with normalised queries or a gate")
+        attention: Any = getattr(block, "attn", None)
+        if type(block) is not Block or type(attention) is not Attention:
+            _refuse(f"{type(block).__name__} with {type(attention).__name__}")
+        if not isinstance(attention.q_norm, nn.Identity) or attention.gate is not None:
+            _refuse("Attention with normalised queries or a gate")
 
 
 def _refuse(found: str) -> None:
     raise ModelError(
         "this backbone's image tower is not supported",
-        found=f"timm's {found}" if found[0].isupper() else found,
+        found=f"timm's {found}",
         wanted="a timm VisionTransformer of plain blocks, pooled by 'token' or 'avg'",
     )
 

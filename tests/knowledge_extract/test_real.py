@@ -14,8 +14,9 @@ from knowledge_extract.capture import Capture
 from knowledge_extract.compare import compare_blocks
 from knowledge_extract.generate import generate, pad_right, read
 from knowledge_extract.job import prepare
-from knowledge_extract.model import load_model, quiet
+from knowledge_extract.model import load_model
 from knowledge_extract.pooling import reader_for
+from knowledge_extract.quiet import quiet
 from knowledge_extract.recipe import ExtractRecipe
 from knowledge_extract.settings import RunSettings
 

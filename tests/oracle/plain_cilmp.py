@@ -29,7 +29,9 @@ def under(weights: Weights, prefix: str) -> dict[str, Tensor]:
 
 
 def block_count(weights: Weights, prefix: str) -> int:
-    return 1 + max(int(k.removeprefix(prefix).split(".")[0]) for k in weights if k.startswith(prefix))
+    return 1 + max(
+        int(k.removeprefix(prefix).split(".")[0]) for k in weights if k.startswith(prefix)
+    )
 
 
 def norm(x: Tensor, w: Weights, name: str, eps: float) -> Tensor:
@@ -115,7 +117,11 @@ class BertText:
 
     def enter(self, x: Tensor) -> Tensor:
         w = under(self.w, "transformer.embeddings.")
-        x = x + w["position_embeddings.weight"][: self.length] + w["token_type_embeddings.weight"][0]
+        x = (
+            x
+            + w["position_embeddings.weight"][: self.length]
+            + w["token_type_embeddings.weight"][0]
+        )
         return norm(x, w, "LayerNorm", 1e-12)
 
     def block(self, k: int, x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -185,7 +191,10 @@ class TimmImage:
         self.depth = block_count(self.w, "trunk.blocks.")
 
     def patches(self, images: Tensor) -> Tensor:
-        kernel, bias = self.w["trunk.patch_embed.proj.weight"], self.w["trunk.patch_embed.proj.bias"]
+        kernel, bias = (
+            self.w["trunk.patch_embed.proj.weight"],
+            self.w["trunk.patch_embed.proj.bias"],
+        )
         x = F.conv2d(images, kernel, bias, stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
         first = self.w["trunk.cls_token"].expand(len(x), 1, -1)
         return torch.cat([first, x], 1) + self.w["trunk.pos_embed"]
@@ -315,7 +324,9 @@ class PlainCilmp:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Logits, mean cross-entropy and its gradient with respect to every parameter."""
         names = list(self.parameters)
-        self.parameters = {k: p.detach().double().requires_grad_() for k, p in self.parameters.items()}
+        self.parameters = {
+            k: p.detach().double().requires_grad_() for k, p in self.parameters.items()
+        }
         logits = self.logits(images, masks)
         loss = F.cross_entropy(logits, labels)
         grads = torch.autograd.grad(loss, [self.parameters[n] for n in names])

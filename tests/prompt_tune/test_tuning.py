@@ -295,7 +295,11 @@ def test_bad_input_is_one_line(problem: SimpleNamespace, tmp_path: Path, toy: Mo
     )  # fmt: skip
     _fails(RecipeError, "no such recipe file or preset.*cilmp", lambda: load_tune_recipe("cilm"))
     shots = _recipe(problem, samples={"shots": 50})
-    _fails(DataError, "too few images for 50 shots", lambda: go(shots))
+    _fails(
+        DataError, "too few images for 50 shots",
+        lambda: _tune(problem, tmp_path / "shots", shots),
+    )  # fmt: skip
+    _fails(DataError, "drawn with another number of shots; found 4, wanted 50", lambda: go(shots))
     _fails(RunError, "not a run folder", lambda: evaluate(tmp_path / "nothing"))
     (tmp_path / "file").write_text("x")
     _fails(RunError, "the run folder is a file", lambda: _tune(problem, tmp_path / "file", fine))

@@ -9,7 +9,7 @@
     │   ├── MissingKnowledgeError  3   a class, block, layer or item the cache does not hold
     │   └── ValueRefusedError      3   non-finite or out of range for its type
     ├── DataError                  4   images, labels, splits
-    ├── ModelError                 5   a language model or backbone that is absent, gated or does not fit
+    ├── ModelError                 5   a model that is absent, gated or does not fit
     │   └── PromptOverflowError    5   a prompt longer than the text tower's context
     ├── RunError                   6   a run folder that is damaged or belongs to another recipe
     └── SystemRefusedError         7

@@ -19,7 +19,7 @@ def _half_precision_tensors(model: nn.Module) -> list[torch.Tensor]:
     """What OpenAI's `convert_weights` makes fp16: convolutions, linears, attention, projections."""
     tensors: list[torch.Tensor] = []
     for module in model.modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear) or isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear | nn.MultiheadAttention):
             tensors += [p.data for p in module.parameters(recurse=False)]
         for name in ("text_projection", "proj"):
             value = getattr(module, name, None)

@@ -200,9 +200,9 @@ def test_averaging_is_the_gaussian_mean_of_the_epochs(
     seen: list[dict[str, torch.Tensor]] = []
     end = loop._end_of_epoch
 
-    def spy(method, *rest):  # type: ignore[no-untyped-def]
+    def spy(method, *rest, **named):  # type: ignore[no-untyped-def]
         seen.append({n: p.detach().double().clone() for n, p in method.trainable().items()})
-        end(method, *rest)
+        end(method, *rest, **named)
 
     monkeypatch.setattr(loop, "_end_of_epoch", spy)
     recipe = _recipe(problem)

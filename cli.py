@@ -233,11 +233,14 @@ def demo(
     full: Annotated[bool, typer.Option("--full", help="All splits, published budgets.")] = False,
 ) -> None:
     """The main job on real parts: the same commands a user would type, one after another."""
-    from prompt_tune.demo import commands
+    from prompt_tune.demo import commands, describe_prediction, predicted_seconds
 
-    for line, arguments in commands(out, full=full):
-        typer.echo(f"\n$ vademecum {line}")
-        app(arguments, standalone_mode=False)
+    steps = commands(out, full=full)
+    if full:
+        typer.echo(describe_prediction(predicted_seconds(steps)))
+    for step in steps:
+        typer.echo(f"\n$ vademecum {step.line}")
+        app(step.arguments, standalone_mode=False)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from cache.durable import write_atomic
 from cache.errors import RunError
+from prompt_tune import figures
 from prompt_tune.checkpoint import RUN, STATE, WEIGHTS, read_run, write_json
 from prompt_tune.loop import train
 from prompt_tune.method import Method
@@ -93,7 +94,7 @@ def tune(
     """Tunes one method and leaves a run folder; an unfinished run of the same recipe goes on.
 
     The folder holds `weights.safetensors` (trainable tensors only), `run.json` (resolved recipe,
-    bindings, seeds, versions, history) and the sample lists.
+    bindings, seeds, versions, history), `curves.png` and the sample lists.
 
     Raises:
         VademecumError: bad recipe, data, cache or backbone; a folder of another run.
@@ -133,6 +134,8 @@ def tune(
         setup = averaged_backbone(setup)
     tensors = {n: p.detach().cpu().contiguous() for n, p in setup.method.trainable().items()}
     write_atomic(out / WEIGHTS, safetensors.torch.save(tensors))
+    if len(run["training"].get("history", ())) > 1:
+        figures.training_curves(run["training"]["history"], out / "curves.png")
     run["status"] = "finished"
     write_json(out / RUN, run)
     (out / STATE).unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -51,3 +52,9 @@ def tiny_models() -> ModuleType:
 def toy() -> ModuleType:
     """Builders of a toy problem."""
     return load_module(ROOT / "tests" / "toy.py")
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[[Path], ModuleType]:
+    """Loads a test helper module by its path."""
+    return load_module

@@ -27,7 +27,7 @@ rules: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 gpu-test: $(READY)
 	$(BIN)/python bench/gpu_test.py

@@ -1,8 +1,7 @@
 """Both stages in sequence on tiny models with the structure of the real ones."""
 
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -26,11 +25,10 @@ def extracted(
     tmp_path_factory: pytest.TempPathFactory,
     toy: ModuleType,
     tiny_models: ModuleType,
-) -> SimpleNamespace:
+) -> Iterator[SimpleNamespace]:
     """Knowledge really extracted from a random language model, and a BiomedCLIP-like backbone."""
     builders = load(root / "tests" / "knowledge_extract" / "conftest.py")
     folder = tmp_path_factory.mktemp("whole")
-    os.environ["VADEMECUM_HOME"] = str(folder / "home")
     builders.save_model(folder / "language-model", "gpt2")
     classes = [
         {
@@ -58,16 +56,19 @@ def extracted(
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
     out = folder / "toy.h5"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VADEMECUM_HOME", str(folder / "home"))
     result = CliRunner().invoke(
         cli.app, ["extract", str(folder / "recipe.yaml"), "--out", str(out), "--device", "cpu"]
     )
     assert result.exit_code == 0, result.output
-    return SimpleNamespace(
+    yield SimpleNamespace(
         folder=folder,
         knowledge=out,
         data=str(toy.images(folder / "images")),
         backbone=tiny_models.tiny_biomedclip(folder / "backbone"),
     )
+    patch.undo()
 
 
 def _recipe(extracted: SimpleNamespace, **changes: object) -> TuneRecipe:

@@ -1,11 +1,11 @@
 """Whole runs on a toy problem: every method, exact resume, controls, and what refuses."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -36,17 +36,18 @@ CILMP = {
 @pytest.fixture(scope="module")
 def problem(
     tmp_path_factory: pytest.TempPathFactory, toy: ModuleType, tiny_models: ModuleType
-) -> SimpleNamespace:
+) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("problem")
-    os.environ["VADEMECUM_HOME"] = str(folder / "home")
     content = toy.cache(folder / "toy.h5")
-    return SimpleNamespace(
-        folder=folder,
-        data=str(toy.images(folder / "images")),
-        knowledge=folder / "toy.h5",
-        content=content,
-        backbone=tiny_models.tiny_assembled(folder / "backbone"),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VADEMECUM_HOME", str(folder / "home"))
+        yield SimpleNamespace(
+            folder=folder,
+            data=str(toy.images(folder / "images")),
+            knowledge=folder / "toy.h5",
+            content=content,
+            backbone=tiny_models.tiny_assembled(folder / "backbone"),
+        )
 
 
 def _recipe(problem: SimpleNamespace, **changes: object) -> TuneRecipe:

@@ -38,6 +38,8 @@ def run_label(run: dict[str, Any]) -> str:
         label += ", no knowledge" if control == "none" else f", {knowledge['rows']}"
         if control in {"shuffled", "random"}:
             label += f" {control}"
+        if control != "none" and knowledge["scale"] == "raw":
+            label += ", raw"
     if method.get("condition") == "none":
         label += ", no image condition"
     if run.get("smoke"):

@@ -114,6 +114,12 @@ def derangement(count: int, seed: int) -> tuple[int, ...]:
             return tuple(int(i) for i in order)
 
 
+def _scaled(rows: Tensor, spec: KnowledgeSpec) -> Tensor:
+    if spec.scale == "raw":
+        return rows
+    return rows / rows.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
 def _controlled(rows: list[Tensor], spec: KnowledgeSpec, seed: int) -> list[Tensor]:
     if spec.control == "shuffled":
         return [rows[i] for i in derangement(len(rows), seed)]
@@ -144,7 +150,7 @@ def load_knowledge(
         alignment = cache_file.align(dataset, [(c.id, c.name, c.modality) for c in classes])
         block = _block(cache_file, spec, path)
         rows = [
-            torch.from_numpy(class_rows(block, c.id, spec, path).astype(np.float32))
+            _scaled(torch.from_numpy(class_rows(block, c.id, spec, path).astype("f4")), spec)
             for c in classes
         ]
         used = None

@@ -33,6 +33,10 @@ class KnowledgeSpec(RecipePart):
     control: Control = "cached"
     """`shuffled`: a seeded derangement of the classes; `random`: Gaussian with each row's mean and
     variance; `none`: no rows at all."""
+    scale: Literal["raw", "unit"] = "raw"
+    """`raw`: as the language model left them, as published. `unit`: each row divided by its root
+    mean square. A pre-norm tower (CLIP) normalises rows itself; the blocks of a post-norm tower
+    (BERT) take deeper rows as given, and raw states of hundreds drown every other token there."""
     expect: str | None = None
     """Refuse a cache with another content id."""
 

@@ -125,6 +125,54 @@ def test_controls_change_the_rows_and_nothing_else(
     assert counts["cached"] == counts["shuffled"] == counts["random"] > counts["none"]
 
 
+def test_unit_rows_have_a_root_mean_square_of_one(problem: SimpleNamespace) -> None:
+    from prompt_tune.data.source import load_data
+    from prompt_tune.knowledge import load_knowledge
+    from prompt_tune.recipe import KnowledgeSpec
+
+    source = load_data(problem.data)
+    raw, unit = (
+        load_knowledge(
+            problem.knowledge,
+            KnowledgeSpec(scale=scale),
+            dataset=source.dataset,
+            classes=source.classes,
+            seed=1,
+        ).rows
+        for scale in ("raw", "unit")
+    )
+    assert raw is not None and unit is not None
+    for before, after in zip(raw.values, unit.values, strict=True):
+        assert torch.allclose(after.square().mean(1), torch.ones(len(after)), atol=1e-5)
+        assert torch.allclose(torch.nn.functional.cosine_similarity(before, after), torch.ones(1))
+
+
+def test_controls_shuffle_and_draw_what_they_say(problem: SimpleNamespace) -> None:
+    from prompt_tune.data.source import load_data
+    from prompt_tune.knowledge import load_knowledge
+    from prompt_tune.recipe import KnowledgeSpec
+
+    source = load_data(problem.data)
+    rows = {
+        control: load_knowledge(
+            problem.knowledge,
+            KnowledgeSpec(control=control),
+            dataset=source.dataset,
+            classes=source.classes,
+            seed=5,
+        ).rows
+        for control in ("cached", "shuffled", "random", "none")
+    }
+    cached, shuffled, random = (rows[c].values for c in ("cached", "shuffled", "random"))
+    assert rows["none"] is None
+    assert not any(torch.equal(a, b) for a, b in zip(cached, shuffled, strict=True))
+    assert all(any(torch.equal(a, b) for b in shuffled) for a in cached)
+    flat, drawn = torch.cat(cached), torch.cat(random)
+    assert not torch.allclose(flat, drawn)
+    assert float((flat.mean(1) - drawn.mean(1)).abs().max()) < 1.5  # 20 draws a row
+    assert float(drawn.std() / flat.std()) == pytest.approx(1, abs=0.15)
+
+
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / WEIGHTS)
 

@@ -12,7 +12,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/vademecum demo --out runs/demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/vademecum demo --out runs/demo
 
 test: lint types rules unit
 

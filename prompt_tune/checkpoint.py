@@ -99,7 +99,7 @@ def load_weights(path: Path, into: Mapping[str, nn.Parameter]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes readable JSON, numbers as numbers, whole or not at all."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode())
 
 

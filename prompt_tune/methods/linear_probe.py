@@ -59,7 +59,7 @@ class LinearProbe(Method):
             if score > best[0]:
                 best = (score, strength)
                 self._keep(solver.classes_, solver.coef_, solver.intercept_, commit=True)
-        return {"strength": best[1], "val_accuracy": best[0] if val is not None else float("nan")}
+        return {"strength": best[1]} | ({} if val is None else {"val_accuracy": best[0]})
 
     def _scores(self, batch: Batch) -> Tensor:
         weight, bias = self._candidate

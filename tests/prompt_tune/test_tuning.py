@@ -382,3 +382,12 @@ def test_metrics_can_be_recomputed_from_predictions(
     saved = load_predictions(found.folder / "predictions.csv")
     again = measure(saved.probabilities, saved.labels, saved.class_names).to_json()
     assert again == found.result["metrics"]
+
+
+def test_run_json_is_strict_json_without_validation_images(
+    problem: SimpleNamespace, tmp_path: Path
+) -> None:
+    recipe = _recipe(problem, method={"name": "linear-probe"}, samples={"shots": 4, "val_shots": 0})
+    run = _tune(problem, tmp_path / "r", recipe)
+    assert run["training"] == {"strength": 1.0}
+    assert "NaN" not in (tmp_path / "r" / "run.json").read_text()

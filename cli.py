@@ -15,6 +15,7 @@ import typer
 
 PACKAGES = ("cache", "knowledge_extract", "prompt_tune")
 INTERRUPTED = 130
+DIFFERENT = 1  # an audit or a comparison that found a difference, as diff does
 
 app = typer.Typer(
     name="vademecum",
@@ -109,6 +110,31 @@ def cache_layers(file: Path, first: str, second: str, as_json: Json = False) -> 
 
     rows = compare_blocks(file, first, second)
     _say(rows, as_json, describe_comparison(rows))
+
+
+@cache_app.command("audit")
+def cache_audit(
+    file: Path,
+    k: Annotated[int, typer.Option("--k", min=1, help="Entries, drawn at random.")] = 30,
+    model: Annotated[
+        str | None, typer.Option(help="A folder or GGUF file, if the model was local.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw the same entries again.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Relative difference that agrees; else the recorded one.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Computes random entries again with the declared model and compares."""
+    from knowledge_extract import RunSettings, audit
+
+    report = audit(
+        file, k=k, model=model, seed=seed, allowed=tolerance, run=RunSettings(device=device)
+    )
+    _say(report.to_json(), as_json, report.describe())
+    if not report.passed:
+        raise SystemExit(DIFFERENT)
 
 
 @app.command()

@@ -15,10 +15,12 @@ from knowledge_extract.extras import STAGE, need
 
 DISTRIBUTION = "vademecum"
 _OFFERED = {
+    "AuditReport": "auditing",
     "ExtractRecipe": "recipe",
     "ExtractResult": "extraction",
     "Plan": "planning",
     "RunSettings": "settings",
+    "audit": "auditing",
     "compare_blocks": "compare",
     "extract": "extraction",
     "load_extract_recipe": "recipe",
@@ -33,7 +35,7 @@ def __getattr__(name: str) -> Any:
     if name not in _OFFERED:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
-    if _OFFERED[name] in {"extraction", "planning"}:
+    if _OFFERED[name] in {"auditing", "extraction", "planning"}:
         need("reading a language model", *STAGE)
     return getattr(importlib.import_module(f"{__name__}.{_OFFERED[name]}"), name)
 

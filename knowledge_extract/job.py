@@ -23,6 +23,7 @@ from knowledge_extract.recipe import (
 )
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.source import ModelSource
+from knowledge_extract.tolerance import recorded
 from knowledge_extract.units import Piece, Unit, quantisation_of, work
 
 REVISION = 1  # of the meaning of stored values; part of every key
@@ -64,9 +65,12 @@ class Job:
     def header(self) -> ExtractionHeader:
         """What the working folder and the sealed file are bound to."""
         records = (ClassRecord(c.id, c.name, c.modality, c.source) for c in self.recipe.classes)
-        provenance = {"tool": "vademecum", "model": self.source.label}
-        if self.recipe.model.licence:
-            provenance["model_licence"] = self.recipe.model.licence
+        model = self.recipe.model
+        provenance = {"tool": "vademecum", "model": self.source.label, **recorded(self.specs)}
+        if model.licence:
+            provenance["model_licence"] = model.licence
+        if model.gated is not None:
+            provenance["model_gated"] = "yes" if model.gated else "no"
         return ExtractionHeader(
             dataset=self.recipe.dataset,
             classes=tuple(records),

@@ -32,7 +32,8 @@ PLACEHOLDERS = {  # template -> (required, allowed)
 class ModelRecipe(RecipePart):
     """Where the language model comes from: exactly one of hub, folder, gguf, asset.
 
-    Paths are taken from the working directory and never stored.
+    Paths are taken from the working directory and never stored. `licence` (as the model's page
+    names it) and `gated` go into the cache's provenance, where `vademecum cache push` looks.
     """
 
     hub: str | None = None
@@ -41,6 +42,7 @@ class ModelRecipe(RecipePart):
     gguf: str | None = None
     asset: str | None = None
     licence: str | None = None
+    gated: bool | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -171,6 +173,12 @@ class ExtractRecipe(RecipePart):
             )
             raise ValueError(message)
         return value
+
+    @field_validator("classes")
+    @classmethod
+    def _sorted(cls, value: tuple[ClassRecipe, ...]) -> tuple[ClassRecipe, ...]:
+        # Order means nothing here, so that two laboratories' recipes merge into one.
+        return tuple(sorted(value, key=lambda one: one.id))
 
     @model_validator(mode="after")
     def _unique_classes(self) -> Self:

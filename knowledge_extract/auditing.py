@@ -1,0 +1,295 @@
+"""An audit: random entries of a cache are computed again with the model it declares.
+
+A digest shows that a file is the one that was sealed; only this shows that what was sealed is what
+the model says. Of a cache in which a share `p` of the entries is false, `k` random entries find at
+least one with probability `1 - (1 - p)^k`: 30 find one in ten with 0.96.
+"""
+
+import json
+import random
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache.blocks import Entry
+from cache.errors import CacheMismatchError, ModelError
+from cache.plain import first_difference
+from cache.progress import track
+from cache.recipe import validate
+from cache.store import Block, KnowledgeCache
+from knowledge_extract.answers import AnswerIds
+from knowledge_extract.batches import Batches
+from knowledge_extract.engine import Engine
+from knowledge_extract.job import Job, prepare
+from knowledge_extract.model import load_model
+from knowledge_extract.recipe import ExtractRecipe
+from knowledge_extract.settings import RunSettings
+from knowledge_extract.tolerance import ANSWERS_MAY_FALL_OTHERWISE, tolerance
+from knowledge_extract.units import Piece, Unit
+
+Place = tuple[str, str, int]  # block, class, item
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One entry that was computed again.
+
+    Args:
+        block: of the entry.
+        class_id: of the entry.
+        item: of the entry.
+        verdict: `agrees`, `differs`, or `undecided` where the model's answer fell otherwise in a
+            compute dtype in which it may.
+        difference: largest difference of a row relative to its norm; None for texts.
+        allowed: the largest that agrees; None for texts.
+    """
+
+    block: str
+    class_id: str
+    item: int
+    verdict: str
+    difference: float | None
+    allowed: float | None
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found.
+
+    Args:
+        content_id: of the cache.
+        seed: that chose the entries.
+        entries: how many the cache holds.
+        findings: one for each entry that was computed again.
+    """
+
+    content_id: str
+    seed: int
+    entries: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True if no entry differs."""
+        return all(one.verdict != "differs" for one in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {**asdict(self), "passed": self.passed}
+
+    def describe(self) -> str:
+        """The report as lines for a terminal."""
+        verdicts = [one.verdict for one in self.findings]
+        counts = ", ".join(
+            f"{verdicts.count(v)} {text}"
+            for v, text in (("agrees", "agree"), ("differs", "DIFFER"), ("undecided", "undecided"))
+            if v in verdicts
+        )
+        lines = [f"{len(verdicts)} of {self.entries} entries computed again: {counts}"]
+        for one in self.findings:
+            if one.verdict == "agrees":
+                continue
+            note = "another text"
+            if one.difference is not None:
+                note = f"{one.difference:.3g} of its norm, {one.allowed:.3g} allowed"
+            lines.append(
+                f"{one.verdict}: block {one.block}, class {one.class_id}, item {one.item}: {note}"
+            )
+        worst = [one.difference for one in self.findings if one.difference is not None]
+        if worst:
+            lines.append(f"largest difference of a state: {max(worst):.3g} of its norm")
+        return "\n".join([*lines, f"seed {self.seed}"])
+
+
+def audit(
+    path: Path,
+    *,
+    k: int = 30,
+    model: str | None = None,
+    seed: int | None = None,
+    allowed: float | None = None,
+    run: RunSettings | None = None,
+) -> AuditReport:
+    """Computes `k` random entries again and compares them with those that are stored.
+
+    Args:
+        path: a sealed cache.
+        k: entries, drawn without replacement; all of them where there are fewer.
+        model: a folder or a GGUF file, for a cache whose model was one; a hub model or an asset is
+            found by the name the cache holds.
+        seed: that draws the entries; None draws one that nobody knew before.
+        allowed: relative difference of a state that agrees; None takes the recorded one.
+        run: where to compute; every entry is computed alone whatever its batch size.
+
+    Raises:
+        CacheFormatError: not a sound cache.
+        CacheMismatchError: not made by `vademecum extract`, or by another model than the one given.
+        ModelError: the model is not here.
+    """
+    run = replace(run or RunSettings(), batch_size=1)
+    seed = secrets.randbelow(1 << 32) if seed is None else seed
+    with KnowledgeCache.open(path, verify="full") as found:
+        places = [
+            (name, entry.class_id, entry.item)
+            for name, block in found.blocks.items()
+            for entry in block.entries()
+        ]
+        drawn = sorted(random.Random(seed).sample(places, min(k, len(places))))  # noqa: S311
+        again: dict[Place, Entry] = {}
+        for recipe in _recipes(found, model):
+            again |= _again(found, recipe, [p for p in drawn if p not in again], run)
+        left = [place for place in drawn if place not in again]
+        if left:
+            what = "no recipe of this cache says how an entry was made"
+            where = f"{path}, block {left[0][0]}, class {left[0][1]}"
+            raise CacheMismatchError(what, where=where)
+        findings = tuple(_compare(found, place, again, allowed) for place in drawn)
+    return AuditReport(found.content_id, seed, len(places), findings)
+
+
+def _recipes(found: KnowledgeCache, model: str | None) -> Iterator[ExtractRecipe]:
+    """The recipes that made a cache, several if it was merged, pointed at their models."""
+    stored = found.recipe
+    for data in stored.get("merged", [stored]):
+        identity = data.get("model") if isinstance(data, dict) else None
+        if not isinstance(identity, dict) or "source" not in identity:
+            what = "this cache was not made by `vademecum extract`, so nothing can be repeated"
+            raise CacheMismatchError(what, where=found.path)
+        fields = {k: v for k, v in data.items() if k not in {"model", "resolved"}}
+        fields["model"] = _model(identity, model)
+        yield validate(ExtractRecipe, fields, where=f"{found.path}, recipe")
+
+
+def _model(identity: Mapping[str, Any], given: str | None) -> dict[str, Any]:
+    name = identity.get("name")
+    if given is not None:
+        return {"gguf" if Path(given).is_file() else "folder": given}
+    if identity["source"] == "hub":
+        return {"hub": name, "revision": identity["commit"]}
+    if identity["source"] == "asset":
+        return {"asset": name}
+    what = f"the model of this cache was a local {identity['source']} called {name!r}"
+    raise ModelError(what, do="Say where it is: --model PATH.")
+
+
+def _again(
+    found: KnowledgeCache, recipe: ExtractRecipe, places: Sequence[Place], run: RunSettings
+) -> dict[Place, Entry]:
+    """The entries of these places that this recipe makes, computed again, and what they needed."""
+    ids = {one.id for one in recipe.classes}
+    mine = {p for p in places if p[0] in recipe.blocks and p[1] in ids}
+    if not mine:
+        return {}
+    specs = found.sealed.header.specs
+    stored = {specs[n].dtype for n, b in recipe.blocks.items() if b.kind == "states" and n in specs}
+    wide = stored == {"f4"} and recipe.store_dtype == "float16"
+    job = prepare(recipe, run, wide=wide)
+    for name in sorted({place[0] for place in mine}):
+        difference = first_difference(job.specs[name].plain(), specs[name].plain())
+        if difference is not None:
+            place, have, want = difference
+            what = f"block {name} was made in another way: {place} differs"
+            do = "Name the model it was made with; the same files, not only the same name."
+            have, want = repr(have)[:80], repr(want)[:80]
+            raise CacheMismatchError(what, where=found.path, found=have, wanted=want, do=do)
+    made = {(e.block, e.class_id, e.item): e for e in job.given()}
+    computed = {place for place in mine if place not in made}
+    made |= _compute(job, computed, run) if computed else {}
+    return made
+
+
+def _compute(job: Job, places: set[Place], run: RunSettings) -> dict[Place, Entry]:
+    """Entries by place, each piece alone; answers another model reads are generated first."""
+    read = {name: getattr(block, "of", name) for name, block in job.recipe.blocks.items()}
+    wanted = {(read[block], class_id, item) for block, class_id, item in places}
+    made: dict[Place, Entry] = {}
+    with tempfile.TemporaryDirectory(prefix="vademecum-") as folder:
+        answers = AnswerIds(Path(folder))
+        for quantisation, units in _alone(job, wanted, places):
+            language = load_model(job.source, quantisation, job.recipe.compute_dtype, job.end, run)
+            engine = Engine(job, language, answers, Batches(1))
+            with engine, track(f"auditing ({quantisation})", len(units)) as progress:
+                for unit in units:
+                    entries, _ = engine.entries(unit)
+                    made |= {(e.block, e.class_id, e.item): e for e in entries}
+                    progress.advance()
+    return made
+
+
+def _alone(
+    job: Job, wanted: set[tuple[str, str, int]], places: set[Place]
+) -> list[tuple[str, list[Unit]]]:
+    """The units of one piece each that give what is wanted, by model load."""
+
+    def of(unit: Unit) -> Iterator[Piece]:
+        for piece in unit.pieces:
+            source = (unit.task.source, piece.class_id, piece.item)
+            fills = any((b, piece.class_id, piece.item) in places for b in unit.task.blocks)
+            if source in wanted and (fills or unit.task.kind == "generate"):
+                yield piece
+
+    passes = [
+        (quantisation, [Unit(unit.task, (piece,)) for unit in units for piece in of(unit)])
+        for quantisation, units in job.passes
+    ]
+    return [(quantisation, units) for quantisation, units in passes if units]
+
+
+def _compare(
+    found: KnowledgeCache, place: Place, again: Mapping[Place, Entry], allowed: float | None
+) -> Finding:
+    name, class_id, item = place
+    block, values = found.blocks[name], again[place].values
+    if block.dtype is None:
+        same = block.text(class_id, item) == dict(values)
+        verdict = "agrees" if same else "undecided" if _may_fall_otherwise(block) else "differs"
+        return Finding(*place, verdict, None, None)
+    limit = _recorded(found, name) if allowed is None else allowed
+    stored, computed = block.array(class_id, item), np.asarray(values["values"])
+    difference = float("inf")
+    if stored.shape == computed.shape:
+        with np.errstate(over="ignore"):
+            computed = computed.astype(stored.dtype)  # rounded as the stored one was
+        x, y = stored.astype(np.float64), computed.astype(np.float64)
+        norms = np.maximum(np.linalg.norm(y, axis=-1), np.finfo(np.float64).tiny)
+        difference = float((np.linalg.norm(x - y, axis=-1) / norms).max())
+    verdict = "agrees" if difference <= limit else "differs"
+    if verdict == "differs" and any(
+        _fell_otherwise(found, e)
+        for e in again.values()
+        if (e.class_id, e.item) == (class_id, item)
+    ):
+        verdict = "undecided"
+    return Finding(*place, verdict, difference, limit)
+
+
+def _may_fall_otherwise(block: Block) -> bool:
+    """True for answers in a compute dtype in which near ties between tokens happen."""
+    loose = block.spec.get("compute_dtype") in ANSWERS_MAY_FALL_OTHERWISE
+    return loose and block.spec.get("source") == "answers"
+
+
+def _fell_otherwise(found: KnowledgeCache, again: Entry) -> bool:
+    """True if this is an answer that is allowed to be another text today, and is."""
+    if again.block not in found.blocks:
+        return False
+    block = found.blocks[again.block]
+    if block.dtype is not None or not _may_fall_otherwise(block):
+        return False
+    return block.text(again.class_id, again.item) != dict(again.values)
+
+
+def _recorded(found: KnowledgeCache, name: str) -> float:
+    """The tolerance a cache records for a block, never more than this program would record."""
+    own = tolerance(found.sealed.header.specs[name]) or 0.0
+    text = str(found.provenance.get(f"tolerance.{name}", own))
+    try:
+        recorded = [float(one) for one in json.loads(text)] if text[:1] == "[" else [float(text)]
+    except (ValueError, TypeError):
+        recorded = [own]
+    return min(own, *recorded)

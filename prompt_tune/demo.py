@@ -1,5 +1,6 @@
 """The demo: a list of the same commands a user types, read from a file."""
 
+import logging
 import shlex
 import time
 from dataclasses import dataclass
@@ -55,7 +56,11 @@ def predicted_seconds(steps: list[Command], *, device: str = "cpu") -> float:
     import open_clip
     import torch
 
-    tower = open_clip.create_model("ViT-B-16-quickgelu", pretrained=None).visual.to(device)
+    logging.disable(logging.WARNING)  # random weights are meant here; open_clip warns of them
+    try:
+        tower = open_clip.create_model("ViT-B-16-quickgelu", pretrained=None).visual.to(device)
+    finally:
+        logging.disable(logging.NOTSET)
     pixels = torch.zeros(4, 3, 224, 224, device=device)
     with torch.inference_mode():
         tower(pixels)

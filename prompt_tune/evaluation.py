@@ -10,6 +10,7 @@ from cache.errors import RunError
 from cache.progress import track
 from cache.recipe import validate
 from prompt_tune import figures
+from prompt_tune.alignment_record import alignment_record
 from prompt_tune.cases import Cases
 from prompt_tune.checkpoint import WEIGHTS, load_weights, read_run, write_json
 from prompt_tune.data.few_shot import SampleList, stratified_part
@@ -100,6 +101,7 @@ def evaluate(
     `reliability.png`; metrics can be recomputed from the predictions without the model.
 
     Raises:
+        DataError: the backbone was aligned on one of these images.
         VademecumError: the run or its data, cache or backbone cannot be used.
     """
     setup = setup or load_run(folder, data=data, knowledge=knowledge, device=device)
@@ -115,6 +117,8 @@ def evaluate(
             chosen = stratified_part(images, part, PART_SEED)
             chosen.save(list_file)
         images = chosen.apply(images)
+    if split != "train" and (aligned := setup.recipe.backbone.aligned):
+        alignment_record(Path(aligned).expanduser()).check_disjoint(images.digests)
     cases = setup.cases(images)
     logits = predict(setup.method, cases, max(setup.recipe.train.batch_size, 16))
     predictions = Predictions.of(logits.numpy(), images)

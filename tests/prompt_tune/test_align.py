@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import yaml
 
 from cache.errors import DataError, ModelError, RecipeError, RunError, StorageError
+from cache.recipe import validate
 from prompt_tune import align_run
 from prompt_tune.align import AlignSpec, pooled_captions
 from prompt_tune.align_run import align_data, load_align_recipe
@@ -20,6 +21,9 @@ from prompt_tune.alignment_record import alignment_record
 from prompt_tune.backbone import BackboneSpec, load_backbone
 from prompt_tune.data.few_shot import few_shot
 from prompt_tune.data.source import load_data
+from prompt_tune.evaluation import evaluate
+from prompt_tune.recipe import TuneRecipe
+from prompt_tune.tuning import tune
 
 IDS = ("basophil", "monocyte", "platelet", "polyp")
 BASE = IDS[:3]
@@ -168,6 +172,21 @@ def test_negative_control_a_leak_is_found(
     seen.check_disjoint(source["test"].digests)
     with pytest.raises(DataError, match="alignment saw the held-out class 'polyp'"):
         seen.check_disjoint(source["test"].digests, IDS[3:])
+
+
+def test_a_run_is_not_evaluated_on_images_alignment_saw(
+    towers: dict[str, str], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, split in (("honest", "train"), ("leak", "test")):
+        with monkeypatch.context() as patch:
+            patch.setattr(align_run, "TRAIN", split)
+            align_data(spec_of(towers), data=data, out=tmp_path / name)
+        fields = {"backbone": {"aligned": str(tmp_path / name)}, "method": {"name": "zero-shot"}}
+        recipe = validate(TuneRecipe, fields, where="recipe")
+        tune(recipe, data=data, out=tmp_path / f"run-{name}")
+    assert evaluate(tmp_path / "run-honest", resamples=10).result["images"] == 20
+    with pytest.raises(DataError, match=r"alignment saw a held-out image, as test/\d+"):
+        evaluate(tmp_path / "run-leak", resamples=10)
 
 
 def test_weights_do_not_depend_on_what_is_held_out(

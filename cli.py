@@ -164,20 +164,49 @@ def tune(
     overrides: Overrides = None,
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option(help="Replace a run of another recipe.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="A run for each: 1-20,30.")] = None,
+    grid: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A run for each value: a.b=x,y. May be repeated."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option("--eval", help="With --seeds or --grid: evaluate on this split.")
+    ] = None,
+    part: Annotated[int | None, typer.Option(min=1, help="A stratified part: images.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Stage two: tunes prompts against a cache; an unfinished run goes on where it stopped."""
+    """Stage two: tunes prompts against a cache; an unfinished run goes on where it stopped.
+
+    With --seeds or --grid every combination is run in one process, each into a folder in --out.
+    """
     from prompt_tune.recipe import load_tune_recipe
     from prompt_tune.report import describe_run
     from prompt_tune.setup import pick_device
     from prompt_tune.tuning import tune as run_tune
 
+    resolved = load_tune_recipe(recipe, tuple(overrides or ()))
+    where = pick_device(device)
+    if seeds is not None or grid:
+        from prompt_tune.many import combinations, parse_grid, parse_seeds, tune_many
+
+        runs = tune_many(
+            resolved,
+            combinations(parse_seeds(seeds) if seeds else (), parse_grid(grid or ())),
+            data=data,
+            out=out,
+            knowledge=knowledge,
+            device=where,
+            split=split,
+            part=part,
+        )
+        _say(runs.rows, as_json, runs.describe())
+        return
     result = run_tune(
-        load_tune_recipe(recipe, tuple(overrides or ())),
+        resolved,
         data=data,
         out=out,
         knowledge=knowledge,
-        device=pick_device(device),
+        device=where,
         overwrite=overwrite,
     )
     _say(result.run, as_json, describe_run(result.run, out))

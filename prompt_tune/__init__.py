@@ -24,6 +24,7 @@ _OFFERED = {
     "load_run": "evaluation",
     "load_tune_recipe": "recipe",
     "tune": "tuning",
+    "tune_many": "many",
 }
 
 install()

@@ -1,6 +1,6 @@
 """Batches of one split, from cached image features or from pixels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prompt_tune.backbone import Backbone
 from prompt_tune.data.source import ImageSplit
-from prompt_tune.features import image_features
+from prompt_tune.features import FeatureStore, image_features, store_of
 from prompt_tune.method import Batch
 from prompt_tune.seeds import derive_seed, permutation
 
@@ -28,6 +28,7 @@ class Cases:
         views: number of enumerated views, or `live`.
         seed: of the run.
         device: where batches go.
+        open_store: see `image_features`.
     """
 
     def __init__(
@@ -39,13 +40,16 @@ class Cases:
         views: Views = 1,
         seed: int = 0,
         device: str = "cpu",
+        open_store: Callable[[Backbone, int, int], FeatureStore] = store_of,
     ) -> None:
         self.split, self.backbone, self.pixels = split, backbone, pixels
         self.views, self.seed, self.device = views, seed, device
         self.labels = torch.from_numpy(split.labels).long()
         self._features: Tensor | None = None
         if not pixels and views != "live":
-            self._features = image_features(backbone, split, views=views, seed=seed)
+            self._features = image_features(
+                backbone, split, views=views, seed=seed, open_store=open_store
+            )
 
     def __len__(self) -> int:
         return len(self.split)

@@ -20,6 +20,7 @@ from prompt_tune.predictions import Predictions, save_predictions
 from prompt_tune.published import averaged_backbone
 from prompt_tune.recipe import TuneRecipe
 from prompt_tune.setup import Setup, binding_digest, prepare, split_of
+from prompt_tune.shelf import Shelf
 from prompt_tune.statistics import with_intervals
 
 PART_SEED = 1  # of the stratified part and of the bootstrap: the same images for every run
@@ -39,7 +40,12 @@ class Evaluation:
 
 
 def load_run(
-    folder: Path, *, data: str | None = None, knowledge: Path | None = None, device: str = "cpu"
+    folder: Path,
+    *,
+    data: str | None = None,
+    knowledge: Path | None = None,
+    device: str = "cpu",
+    shelf: Shelf | None = None,
 ) -> Setup:
     """A finished run, rebuilt from its folder with its weights.
 
@@ -58,6 +64,7 @@ def load_run(
         knowledge=knowledge,
         samples=folder / "samples",
         device=device,
+        shelf=shelf,
     )
     if binding_digest(recipe, setup.bindings) != run["digest"]:
         differs = [
@@ -71,6 +78,11 @@ def load_run(
     if recipe.train.average == "published":
         setup = averaged_backbone(setup)
     return setup
+
+
+def metrics_file(folder: Path, split: str, part: int | None) -> Path:
+    """Where the metrics of a run on a split, or a part of it, lie."""
+    return folder / "eval" / (split if part is None else f"{split}-{part}") / "metrics.json"
 
 
 def predict(method: Method, cases: Cases, size: int) -> torch.Tensor:
@@ -107,7 +119,7 @@ def evaluate(
     setup = setup or load_run(folder, data=data, knowledge=knowledge, device=device)
     images = split_of(setup.source, split, setup.source.dataset)
     whole = len(images)
-    place = folder / "eval" / (split if part is None else f"{split}-{part}")
+    place = metrics_file(folder, split, part).parent
     place.mkdir(parents=True, exist_ok=True)
     if part is not None and part < whole:
         list_file = place / "samples.json"
@@ -138,7 +150,7 @@ def evaluate(
             seed=PART_SEED,
         ),
     }
-    write_json(place / "metrics.json", result)
+    write_json(metrics_file(folder, split, part), result)
     figures.confusion_matrix(
         predictions.probabilities,
         predictions.labels,

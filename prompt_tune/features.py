@@ -13,7 +13,7 @@ A file whose bytes do not match its name is removed and its pictures are encoded
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -141,19 +141,31 @@ def _chunks(split: ImageSplit, stores: list[FeatureStore]) -> Iterator[tuple[int
 
 
 def image_features(
-    backbone: Backbone, split: ImageSplit, *, views: int = 1, seed: int = 0
+    backbone: Backbone,
+    split: ImageSplit,
+    *,
+    views: int = 1,
+    seed: int = 0,
+    open_store: Callable[[Backbone, int, int], FeatureStore] = store_of,
 ) -> Float[Tensor, "cases views embed"]:
     """The image tower's output for every case and view, in float32, not normalised.
 
     View 0 is the test transform; view k is the k-th augmentation of that picture under `seed`,
     whatever else is in the split. Reads what is cached, encodes and caches the rest.
 
+    Args:
+        backbone: whose image tower encodes.
+        split: the images.
+        views: how many.
+        seed: of the augmentations.
+        open_store: gives the store of a tower, view and seed; see `Shelf.features`.
+
     Raises:
         DataError: an image cannot be read.
         ModelError: a feature is not finite.
         StorageError: the user's cache folder cannot be used.
     """
-    stores = [store_of(backbone, view, seed) for view in range(views)]
+    stores = [open_store(backbone, view, seed) for view in range(views)]
     work = list(_chunks(split, stores))
     if work:
         with track("encode images", sum(len(chunk) for _, chunk in work)) as progress:

@@ -40,7 +40,7 @@ class LoadedKnowledge:
     unused: tuple[str, ...]
 
 
-def _block(cache_file: KnowledgeCache, spec: KnowledgeSpec, path: Path) -> Block:
+def _block(cache_file: KnowledgeCache, spec: KnowledgeSpec, path: Path | str) -> Block:
     name = spec.block or USUAL_BLOCK[spec.rows]
     states = sorted(n for n, b in cache_file.blocks.items() if b.kind == "states")
     if name not in states:
@@ -49,7 +49,7 @@ def _block(cache_file: KnowledgeCache, spec: KnowledgeSpec, path: Path) -> Block
     return cache_file.blocks[name]
 
 
-def _layer_index(block: Block, layer: int, path: Path) -> int:
+def _layer_index(block: Block, layer: int, path: Path | str) -> int:
     if layer < 0 and -layer <= len(block.layers):
         return len(block.layers) + layer
     if layer in block.layers:
@@ -68,7 +68,7 @@ def _keep(values: np.ndarray, keep: int | None, *, spaced: bool) -> np.ndarray:
     return values[:keep]
 
 
-def class_rows(block: Block, class_id: str, spec: KnowledgeSpec, path: Path) -> np.ndarray:
+def class_rows(block: Block, class_id: str, spec: KnowledgeSpec, path: Path | str) -> np.ndarray:
     """The rows of one class, `[rows, width]`.
 
     `layers`: one row per stored layer of item 0. `texts` and `attributes`: the pooled state of each
@@ -134,7 +134,7 @@ def _controlled(rows: list[Tensor], spec: KnowledgeSpec, seed: int) -> list[Tens
 
 
 def load_knowledge(
-    path: Path,
+    opened: KnowledgeCache,
     spec: KnowledgeSpec,
     *,
     dataset: str,
@@ -146,16 +146,15 @@ def load_knowledge(
     Raises:
         CacheError: the cache is damaged, is another one, or lacks a class, block or layer.
     """
-    with KnowledgeCache.open(path, expect=spec.expect) as cache_file:
-        alignment = cache_file.align(dataset, [(c.id, c.name, c.modality) for c in classes])
-        block = _block(cache_file, spec, path)
-        rows = [
-            _scaled(torch.from_numpy(class_rows(block, c.id, spec, path).astype("f4")), spec)
-            for c in classes
-        ]
-        used = None
-        if spec.control != "none":
-            used = KnowledgeRows(tuple(_controlled(rows, spec, seed)))
-        return LoadedKnowledge(
-            used, cache_file.content_id, block.name, block.id, tuple(c.id for c in alignment.unused)
-        )
+    alignment = opened.align(dataset, [(c.id, c.name, c.modality) for c in classes])
+    block = _block(opened, spec, opened.path)
+    rows = [
+        _scaled(torch.from_numpy(class_rows(block, c.id, spec, opened.path).astype("f4")), spec)
+        for c in classes
+    ]
+    used = None
+    if spec.control != "none":
+        used = KnowledgeRows(tuple(_controlled(rows, spec, seed)))
+    return LoadedKnowledge(
+        used, opened.content_id, block.name, block.id, tuple(c.id for c in alignment.unused)
+    )

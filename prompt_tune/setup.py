@@ -8,14 +8,15 @@ import torch
 
 from cache.errors import DataError, MissingKnowledgeError
 from cache.recipe import digest_of
-from prompt_tune.backbone import Backbone, load_backbone
+from prompt_tune.backbone import Backbone
 from prompt_tune.cases import Cases
 from prompt_tune.data.few_shot import SampleList, few_shot
-from prompt_tune.data.source import DataSource, ImageSplit, load_data
+from prompt_tune.data.source import DataSource, ImageSplit
 from prompt_tune.knowledge import LoadedKnowledge, load_knowledge
 from prompt_tune.method import Method, Problem
 from prompt_tune.recipe import SampleSpec, TuneRecipe
 from prompt_tune.seeds import derive_seed
+from prompt_tune.shelf import Shelf
 
 VAL_SHOTS = 4  # at most so many validation images per class in few-shot runs, as in CoOp
 
@@ -27,6 +28,7 @@ class Setup:
     Attributes:
         bindings: what the result depends on besides the recipe: content and block id of the cache,
             backbone fingerprint, data digests, class list, sample list digests.
+        shelf: what it shares with other runs of this process.
     """
 
     recipe: TuneRecipe
@@ -39,6 +41,7 @@ class Setup:
     samples: dict[str, SampleList]
     bindings: dict[str, Any]
     device: str
+    shelf: Shelf
 
     def cases(self, split: ImageSplit, *, training: bool = False) -> Cases:
         """A split as this run's method reads it."""
@@ -49,6 +52,7 @@ class Setup:
             views=self.recipe.train.views if training else 1,
             seed=self.recipe.seed,
             device=self.device,
+            open_store=self.shelf.features,
         )
 
 
@@ -101,13 +105,17 @@ def prepare(
     knowledge: Path | None,
     samples: Path,
     device: str = "cpu",
+    shelf: Shelf | None = None,
 ) -> Setup:
     """Loads everything a run needs; sample lists found in `samples` win over the seed.
+
+    What is on `shelf` already is not loaded again.
 
     Raises:
         VademecumError: whatever the data, the backbone, the cache or the recipe lack.
     """
-    source = load_data(data)
+    shelf = shelf or Shelf()
+    source = shelf.data(data)
     train = split_of(source, "train", data)
     lists: dict[str, SampleList] = {}
     chosen = _chosen(train, recipe.samples.shots, recipe.samples.seed, samples / "train.json")
@@ -125,7 +133,7 @@ def prepare(
             val = chosen.apply(val)
 
     where = pick_device(device)
-    backbone = load_backbone(recipe.backbone, device=where)
+    backbone = shelf.backbone(recipe.backbone, where)
     method_class = recipe.method_class()
     loaded = None
     if method_class.needs_knowledge:
@@ -133,7 +141,7 @@ def prepare(
             what = f"method {recipe.method['name']!r} needs a knowledge cache"
             raise MissingKnowledgeError(what, do="Pass --knowledge FILE.")
         loaded = load_knowledge(
-            knowledge,
+            shelf.cache(knowledge, recipe.knowledge.expect),
             recipe.knowledge,
             dataset=source.dataset,
             classes=source.classes,
@@ -163,7 +171,9 @@ def prepare(
             "block_id": loaded.block_id,
             "unused_classes": list(loaded.unused),
         }
-    return Setup(recipe, source, backbone, loaded, method, train, val, lists, bindings, where)
+    return Setup(
+        recipe, source, backbone, loaded, method, train, val, lists, bindings, where, shelf
+    )
 
 
 def binding_digest(recipe: TuneRecipe, bindings: dict[str, Any]) -> str:

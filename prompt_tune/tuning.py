@@ -20,6 +20,7 @@ from prompt_tune.published import averaged_backbone
 from prompt_tune.recipe import TuneRecipe
 from prompt_tune.seeds import make_deterministic
 from prompt_tune.setup import Setup, binding_digest, prepare
+from prompt_tune.shelf import Shelf
 
 PACKAGES = ("vademecum", "torch", "open_clip_torch", "transformers", "numpy", "scikit-learn")
 
@@ -90,6 +91,7 @@ def tune(
     knowledge: Path | None = None,
     device: str = "cpu",
     overwrite: bool = False,
+    shelf: Shelf | None = None,
 ) -> RunResult:
     """Tunes one method and leaves a run folder; an unfinished run of the same recipe goes on.
 
@@ -106,7 +108,14 @@ def tune(
             (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     make_deterministic(device)
-    setup = prepare(recipe, data=data, knowledge=knowledge, samples=out / "samples", device=device)
+    setup = prepare(
+        recipe,
+        data=data,
+        knowledge=knowledge,
+        samples=out / "samples",
+        device=device,
+        shelf=shelf,
+    )
     digest = binding_digest(recipe, setup.bindings)
     if (out / RUN).is_file():
         run = read_run(out)

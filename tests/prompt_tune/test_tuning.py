@@ -23,6 +23,7 @@ from cache.errors import (
     VademecumError,
 )
 from cache.recipe import validate
+from cache.store import KnowledgeCache
 from prompt_tune.checkpoint import STATE, WEIGHTS
 from prompt_tune.evaluation import evaluate
 from prompt_tune.recipe import TuneRecipe, load_tune_recipe
@@ -133,7 +134,7 @@ def test_unit_rows_have_a_root_mean_square_of_one(problem: SimpleNamespace) -> N
     source = load_data(problem.data)
     raw, unit = (
         load_knowledge(
-            problem.knowledge,
+            KnowledgeCache.open(problem.knowledge),
             KnowledgeSpec(scale=scale),
             dataset=source.dataset,
             classes=source.classes,
@@ -155,7 +156,7 @@ def test_controls_shuffle_and_draw_what_they_say(problem: SimpleNamespace) -> No
     source = load_data(problem.data)
     rows = {
         control: load_knowledge(
-            problem.knowledge,
+            KnowledgeCache.open(problem.knowledge),
             KnowledgeSpec(control=control),
             dataset=source.dataset,
             classes=source.classes,

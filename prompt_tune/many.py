@@ -1,0 +1,180 @@
+"""Many runs in one process: seeds and a grid over one recipe, what they share loaded once."""
+
+import itertools
+import json
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.errors import RecipeError
+from cache.plain import strict_json
+from cache.recipe import apply_overrides, parse_yaml, validate
+from prompt_tune.checkpoint import write_json
+from prompt_tune.evaluation import evaluate, load_run, metrics_file
+from prompt_tune.recipe import TuneRecipe
+from prompt_tune.shelf import Shelf
+from prompt_tune.tuning import tune
+
+RUNS = "runs.json"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What a grid of runs left.
+
+    Attributes:
+        folder: that holds a run folder for each combination, and `runs.json`.
+        rows: per run its folder, its choices, whether it was there before, and its metrics.
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]]
+
+    def describe(self) -> str:
+        """Mean and standard deviation over seeds for every combination of the grid."""
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            choices = {k: v for k, v in row["choices"].items() if k != "seed"}
+            groups.setdefault(_name(choices) or "all", []).append(row)
+        lines = [_summary(name, rows) for name, rows in groups.items()]
+        done = sum(row["was_finished"] for row in self.rows)
+        return "\n".join([*lines, f"{len(self.rows)} runs in {self.folder}, {done} were finished"])
+
+
+def _summary(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    values = [row["metrics"]["accuracy"] for row in rows if row["metrics"]]
+    if not values:
+        return f"{name}: {len(rows)} runs, not evaluated"
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{name}: accuracy {statistics.fmean(values):.4f}{spread} over {len(values)} runs"
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds from a list of numbers and ranges.
+
+    >>> parse_seeds("1-3,7")
+    (1, 2, 3, 7)
+
+    Raises:
+        RecipeError: not such a list, or a seed that stands twice.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            what, wanted = "not a list of seeds", "numbers and ranges, as in 1-20,30"
+            raise RecipeError(what, where="--seeds", found=repr(text), wanted=wanted)
+        seeds += range(first, last + 1)
+    if len(set(seeds)) != len(seeds):
+        what = "a seed stands twice"
+        raise RecipeError(what, where="--seeds", found=repr(text))
+    return tuple(seeds)
+
+
+def parse_grid(axes: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """The values of every axis `a.b=x,y`; values are YAML.
+
+    >>> parse_grid(["method.rank=4,8"])
+    {'method.rank': (4, 8)}
+
+    Raises:
+        RecipeError: not of that form, or a key that stands twice.
+    """
+    grid: dict[str, tuple[Any, ...]] = {}
+    for axis in axes:
+        key, equals, values = axis.partition("=")
+        listed = parse_yaml(f"[{values}]", where=f"--grid {axis}") if equals and key else []
+        if not listed or key in grid:
+            what = "an axis of the grid has the form a.b=x,y, each key once"
+            raise RecipeError(what, where="--grid", found=repr(axis))
+        grid[key] = tuple(listed)
+    return grid
+
+
+def combinations(
+    seeds: Sequence[int], grid: Mapping[str, Sequence[Any]]
+) -> Iterator[dict[str, Any]]:
+    """Every choice of one value per axis and a seed; seeds vary fastest."""
+    axes = {**grid, "seed": seeds} if seeds else grid
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
+
+
+def _name(choices: Mapping[str, Any]) -> str:
+    words = [f"{key}={_plain(value)}" for key, value in choices.items()]
+    return re.sub(r"[^A-Za-z0-9=,._+-]+", "_", ",".join(words))
+
+
+def _plain(value: Any) -> str:
+    """A value as YAML reads it back."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def _chosen(recipe: TuneRecipe, choices: Mapping[str, Any]) -> TuneRecipe:
+    """The recipe of one combination; a seed is that of the run and of its sample list."""
+    data = recipe.model_dump(mode="json")
+    for key, value in choices.items():
+        for place in ("seed", "samples.seed") if key == "seed" else (key,):
+            data = apply_overrides(data, [f"{place}={_plain(value)}"])
+    return validate(TuneRecipe, data, where=_name(choices))
+
+
+def tune_many(
+    recipe: TuneRecipe,
+    choices: Iterable[Mapping[str, Any]],
+    *,
+    data: str,
+    out: Path,
+    knowledge: Path | None = None,
+    device: str = "cpu",
+    split: str | None = None,
+    part: int | None = None,
+) -> Runs:
+    """Runs one recipe under every combination; each is bit for bit what `tune` alone gives.
+
+    All recipes are validated before the first run starts. Runs that are finished are skipped, an
+    unfinished one goes on; `out` gets one run folder per combination, and `runs.json`.
+
+    Args:
+        recipe: what all combinations start from.
+        choices: values by dotted key, see `combinations`; a `seed` is that of the run and of its
+            sample list.
+        data: the images.
+        out: the folder for all of them.
+        knowledge: the cache, for methods that need one.
+        device: of all runs.
+        split: evaluate every run on it; None leaves that for later.
+        part: of the split; see `evaluate`.
+
+    Raises:
+        VademecumError: see `tune`.
+    """
+    planned = [(dict(c), _chosen(recipe, c)) for c in choices]
+    shelf, rows = Shelf(), []
+    for chosen, one in planned:
+        folder = out / (_name(chosen) or "run")
+        result = tune(one, data=data, out=folder, knowledge=knowledge, device=device, shelf=shelf)
+        metrics = None
+        if split is not None:
+            setup = result.setup
+            known = metrics_file(folder, split, part)
+            if setup is None and known.is_file():
+                metrics = strict_json(known.read_bytes())["metrics"]
+            else:
+                setup = setup or load_run(folder, device=device, shelf=shelf)
+                metrics = evaluate(folder, split=split, part=part, setup=setup).result["metrics"]
+        rows.append(
+            {
+                "run": folder.name,
+                "choices": chosen,
+                "was_finished": result.setup is None,
+                "parameters": result.run["parameters"]["scalars"],
+                "metrics": metrics,
+            }
+        )
+        write_json(out / RUNS, {"format": 1, "split": split, "part": part, "runs": rows})
+    return Runs(out, rows)

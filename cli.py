@@ -279,23 +279,36 @@ def assets_verify(
     """Reads every byte of fetched assets again and compares digests."""
     from cache.assets import describe, table, verify
 
-    typer.echo(describe(verify(names or list(table()))))
+    states = verify(names or list(table()))
+    typer.echo(describe(states))
+    if any(row.state != "present" for row in states):
+        raise SystemExit(3)
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="A folder for everything.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for everything: runs/demo or runs/demo-full.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="All splits, published budgets.")] = False,
 ) -> None:
     """The main job on real parts: the same commands a user would type, one after another."""
     from prompt_tune.demo import commands, describe_prediction, predicted_seconds
 
+    out = out or Path("runs/demo-full" if full else "runs/demo")
     steps = commands(out, full=full)
     if full:
         typer.echo(describe_prediction(predicted_seconds(steps)))
     for step in steps:
         typer.echo(f"\n$ vademecum {step.line}")
         app(step.arguments, standalone_mode=False)
+
+
+def _extra(arguments: list[str]) -> str:
+    """The extra of the distribution that a command needs."""
+    if {"push", "pull", "export"} & set(arguments[1:2]):
+        return "share"
+    return "extract" if {"extract", "audit", "layers"} & set(arguments[:2]) else "tune"
 
 
 def main() -> None:
@@ -321,6 +334,14 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").partition(".")[0] in {*PACKAGES, "cli", ""}:
+            raise
+        from cache.extras import missing
+
+        absent = missing("this command", str(error.name), _extra(arguments))
+        typer.echo(f"error: {absent}", err=True)
+        raise SystemExit(absent.exit_code) from None
     except OSError as error:
         if debug or error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
             raise

@@ -8,12 +8,13 @@ import errno
 import hashlib
 import os
 import secrets
+import signal
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cache.errors import StorageError
 from cache.recipe import canonical_json
@@ -54,6 +55,20 @@ def storage_errors(path: Path | str) -> Iterator[None]:
         raise StorageError(what, where=path, do=do) from error
 
 
+def refuse_full_disk(error: BaseException, where: object) -> None:
+    """Nothing, unless a full disk is why `error` came.
+
+    Raises:
+        StorageError: it is.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}:
+            what, do = _CAUSES[cause.errno]
+            raise StorageError(what, where=where, do=do) from error
+        cause = cause.__cause__ or cause.__context__
+
+
 def refuse_source_folder(path: Path) -> None:
     """Nothing, unless `path` lies in the source package called `cache`.
 
@@ -77,11 +92,16 @@ def _owner() -> str:
     return hashlib.sha256(place.encode("utf-8", "replace")).hexdigest()[:12]
 
 
+def unique_name(prefix: str) -> str:
+    """A name no other process uses; `is_abandoned` can tell later whether its process is gone."""
+    return f"{prefix}{_owner()}-{os.getpid()}-{secrets.token_hex(6)}"
+
+
 class Draft:
     """A file that nobody sees yet. Made by `drafting`."""
 
     def __init__(self, path: Path, fd: int) -> None:
-        self.path, self.fd, self.published = path, fd, False
+        self.path, self.fd = path, fd
 
     def write_at(self, data: bytes | bytearray | memoryview, offset: int) -> int:
         """Writes all of `data` at `offset`; returns where it ends."""
@@ -98,15 +118,16 @@ class Draft:
         os.fsync(self.fd)
 
     def publish(self, target: Path, *, replace: bool) -> bool:
-        """Gives the synced file its name, durably; False if the name was taken.
+        """Gives the synced file its name, durably; False if the name was taken, durably as well.
 
         With `replace` an existing file is exchanged in one step: who has it open keeps the old one.
         """
+        _go_on()
         if replace:
             self.path.replace(target)
         elif not _link(self.path, target):
+            sync_folder(target.parent)  # whoever was first may be between its link and its sync
             return False
-        self.published = True
         with suppress(FileNotFoundError):
             self.path.unlink()
         sync_folder(target.parent)
@@ -128,6 +149,15 @@ def _link(path: Path, target: Path) -> bool:
     return True
 
 
+def sync_file(path: Path) -> None:
+    """Returns when the bytes of a file that others may have written are on the device."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def sync_folder(folder: Path) -> None:
     """Returns when the names in `folder` are on the device."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -140,27 +170,76 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def unwind_on_signals() -> None:
+    """Makes SIGTERM and SIGHUP end the program as control-C does, through every `finally`.
+
+    Batch systems stop a job with SIGTERM; without this its draft stays until the next sweep.
+    Python drops what is raised inside a weak reference's callback, and h5py has many of these;
+    therefore no draft is begun or published after such a signal either.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _stop)  # nohup ignores SIGHUP, and means it
+
+
+_stopped: list[int] = []
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    _stopped.append(number)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _go_on() -> None:
+    """Nothing, unless a signal asked this process to end."""
+    if _stopped:
+        _stop(_stopped[0], None)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes `folder` and what is missing above it, durably.
+
+    A folder that is there already may have been made by a job that was killed before its name was
+    durable, so that name is synced too.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        with suppress(FileExistsError):
+            path.mkdir()
+        sync_folder(path.parent)
+    if not missing:
+        with suppress(PermissionError):  # it may be written to by others only
+            sync_folder(folder.parent)
+
+
 @contextmanager
 def drafting(folder: Path) -> Iterator[Draft]:
-    """A draft in `folder`, removed at the end whatever happens unless it was published.
+    """A draft in `folder`; nothing of it is left at the end unless it was published.
 
     Raises:
         StorageError: the operating system refused something.
     """
-    name = f"{TEMP}{_owner()}-{os.getpid()}-{secrets.token_hex(6)}"
-    path = folder / name
+    _go_on()
+    path = folder / unique_name(TEMP)
     with storage_errors(folder):
-        fd = -1
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            fd = os.open(path, flags, 0o666)  # the umask applies; mkstemp's 0600 hides a cache
-            draft = Draft(path, fd)
-            yield draft
-        finally:
-            if fd >= 0:
-                os.close(fd)
-            with suppress(OSError):
-                path.unlink()
+            try:
+                fd = os.open(path, flags, 0o666)  # the umask applies; mkstemp's 0600 hides a cache
+                try:
+                    yield Draft(path, fd)
+                finally:
+                    os.close(fd)
+            finally:
+                _discard(path)
+        except BaseException:
+            _discard(path)  # a signal may have come between the two lines above
+            raise
+
+
+def _discard(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def write_atomic(path: Path, data: bytes, *, replace: bool = True) -> bool:
@@ -191,17 +270,26 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
+def is_abandoned(path: Path, prefix: str) -> bool:
+    """True if `path`, a regular file named by `unique_name`, has no process or is a day old.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    owner, _, rest = path.name.removeprefix(prefix).partition("-")
+    pid = rest.partition("-")[0]
+    found = path.lstat()
+    old = time.time() - found.st_mtime > ABANDONED_AFTER
+    gone = owner == _owner() and pid.isdigit() and not _is_alive(int(pid))
+    return stat.S_ISREG(found.st_mode) and (old or gone)
+
+
 def sweep(folder: Path) -> int:
     """Removes drafts whose process is gone; returns how many."""
-    mine, swept = _owner(), 0
+    swept = 0
     for path in folder.glob(TEMP + "*"):
-        owner, _, rest = path.name.removeprefix(TEMP).partition("-")
-        pid = rest.partition("-")[0]
         with suppress(OSError):
-            found = path.lstat()
-            old = time.time() - found.st_mtime > ABANDONED_AFTER
-            gone = owner == mine and pid.isdigit() and not _is_alive(int(pid))
-            if stat.S_ISREG(found.st_mode) and (old or gone):
+            if is_abandoned(path, TEMP):
                 path.unlink()
                 swept += 1
     return swept

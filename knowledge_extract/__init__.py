@@ -10,8 +10,8 @@ Nothing heavy is imported until one of these names is used.
 import importlib
 from typing import Any
 
+from cache.extras import STAGE_ONE, need
 from cache.torchvision_schemas import install
-from knowledge_extract.extras import STAGE, need
 
 DISTRIBUTION = "vademecum"
 _OFFERED = {
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
     if _OFFERED[name] in {"auditing", "extraction", "planning"}:
-        need("reading a language model", *STAGE)
+        need("reading a language model", *STAGE_ONE, extra="extract")
     return getattr(importlib.import_module(f"{__name__}.{_OFFERED[name]}"), name)
 
 

@@ -4,7 +4,7 @@ import gc
 import json
 import time
 from collections.abc import Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from knowledge_extract.recipe import ExtractRecipe
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.sidecar import versions
 from knowledge_extract.units import Unit
+
+KEPT_AT_ONCE = 64  # entries of a replaced cache in one shard
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def finished(job: Job, out: Path, *, overwrite: bool) -> ExtractResult | None:
                 return None
             place, there, here = difference
             what = f"this cache was made by another recipe: {place} differs"
-            do = "Choose another --out, or pass --overwrite."
+            do = "Choose another --out, or pass --overwrite: it keeps the entries that stay."
             there, here = repr(there)[:80], repr(here)[:80]
             raise CacheMismatchError(what, where=out, found=there, wanted=here, do=do)
         entries = sum(b.items(c.id) for b in sealed.blocks.values() for c in sealed.classes)
@@ -140,6 +142,7 @@ class _Extraction:
     def finish(self, *, replace: bool) -> ExtractResult:
         """Computes what is missing, seals, and writes the sidecar."""
         started = time.time()
+        self._keep_sealed()
         present = set(self.shards.present())
         before = len(present)
         self._given(present)
@@ -151,6 +154,21 @@ class _Extraction:
         notes = self._notes()
         self._write_sidecar(started, content_id, before)
         return ExtractResult(content_id, self.out, self.computed, before, notes)
+
+    def _keep_sealed(self) -> None:
+        """Commits what the cache that is about to be replaced holds of this recipe."""
+        if not self.out.exists():
+            return
+        wanted = self.job.all_keys() - self.shards.present()
+        with KnowledgeCache.open(self.out, verify="full") as sealed:
+            for name, block in sealed.blocks.items():
+                spec = sealed.sealed.header.specs[name].plain()
+                homes = [n for n, own in self.job.specs.items() if own.plain() == spec]
+                rows = zip(block.keys(), block.entries(), strict=True)
+                kept = [replace(e, block=homes[0]) for key, e in rows if homes and key in wanted]
+                for start in range(0, len(kept), KEPT_AT_ONCE):
+                    part = kept[start : start + KEPT_AT_ONCE]
+                    self.shards.commit(part, batch_shape=(len(part),))
 
     def _given(self, present: set[str]) -> None:
         entries = list(self.job.given())

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import ModelError
+from cache.extras import need
 from cache.progress import track
 from cache.user_folder import private_temporary, publish, storage_errors
-from knowledge_extract.extras import need
 from knowledge_extract.quiet import quiet
 
 
@@ -42,7 +42,7 @@ class Conversion:
         target = self.root / name
         if target.is_dir():
             return target
-        need("reading a GGUF file", "gguf")
+        need("reading a GGUF file", "gguf", extra="extract")
         label = f"converting {self.path.name} ({name})"
         with storage_errors(self.root), private_temporary(self.root, name) as work:
             with track(label, 1) as progress:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cache.errors import ModelError, SystemRefusedError
-from knowledge_extract.extras import need
+from cache.extras import need
 from knowledge_extract.quiet import quiet
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.source import ModelSource
@@ -66,7 +66,7 @@ def pick_device(wanted: str) -> str:
 def _quantisation_config(quantisation: str, dtype: torch.dtype) -> Any:
     if quantisation == "none":
         return None
-    need(f"quantisation {quantisation!r}", "bitsandbytes", "accelerate")
+    need(f"quantisation {quantisation!r}", "bitsandbytes", "accelerate", extra="extract")
     from transformers import BitsAndBytesConfig
 
     if quantisation == "int8":
@@ -150,7 +150,7 @@ def load_model(
     device_map: Any = run.device_map
     device = pick_device(run.device)
     if device_map is not None:
-        need("a device map", "accelerate")
+        need("a device map", "accelerate", extra="extract")
     elif config is not None:
         device_map = {"": device}
     from safetensors import SafetensorError

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.assets import fetch
+from cache.durable import refuse_full_disk
 from cache.errors import ModelError
 from cache.progress import track
 from cache.recipe import digest_of
@@ -193,6 +194,7 @@ def from_hub(name: str, revision: str, *, offline: bool) -> ModelSource:
         what = "the repository has no config.json"
         raise ModelError(what, where=name, do=do) from error
     except (hub.HfHubHTTPError, hub.HFValidationError, OSError) as error:
+        refuse_full_disk(error, name)
         what = "the hub refused"
         raise ModelError(what, where=name, found=str(error)[:200]) from error
     commit = Path(config).parent.name
@@ -232,6 +234,7 @@ def _fetch_weights(name: str, commit: str) -> None:
     except (hub.OfflineModeIsEnabled, ConnectionError, TimeoutError):
         return  # what is here may be enough; the loader says if it is not
     except (hub.HfHubHTTPError, OSError) as error:
+        refuse_full_disk(error, name)
         what = "the weights cannot be fetched"
         raise ModelError(what, where=name, found=str(error)[:200]) from error
 

@@ -10,6 +10,7 @@ Nothing heavy is imported until one of these names is used.
 import importlib
 from typing import Any
 
+from cache.extras import STAGE_TWO, need
 from cache.torchvision_schemas import install
 
 DISTRIBUTION = "vademecum"
@@ -34,6 +35,7 @@ def __getattr__(name: str) -> Any:
     if name not in _OFFERED:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
+    need("tuning", *STAGE_TWO, extra="tune")
     return getattr(importlib.import_module(f"{__name__}.{_OFFERED[name]}"), name)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from cache.durable import refuse_full_disk
 from cache.errors import ModelError
 
 PREFETCH = "Fetch it once while online (`hf download {}`); later runs work offline."
@@ -15,6 +16,7 @@ def hub_errors(repo: str) -> Iterator[None]:
 
     Raises:
         ModelError: gated, unknown, or absent while offline.
+        StorageError: no space left.
     """
     from huggingface_hub import errors
 
@@ -36,6 +38,7 @@ def hub_errors(repo: str) -> Iterator[None]:
         what = "not the name of a hub model"
         raise ModelError(what, where=repo, wanted=wanted) from error
     except (errors.HfHubHTTPError, OSError) as error:
+        refuse_full_disk(error, repo)
         what = "the model is not here and cannot be fetched (offline?)"
         raise ModelError(what, where=repo, do=PREFETCH.format(repo)) from error
 

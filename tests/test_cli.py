@@ -94,7 +94,74 @@ def test_no_room_for_the_weights_leaves_no_half_file(
         "--set", "method.context=null",
     ]  # fmt: skip
     result = _run(*arguments, home=tmp_path / "home", shell_limit="ulimit -f 8")
-    _refused(result, 7)
+    _refused(result, 7, "the file would be larger than allowed here")
     assert not list((tmp_path / "run").glob("*.safetensors"))
     again = _run(*arguments, home=tmp_path / "home")
     assert again.returncode == 0, again.stderr
+
+
+ABSENT = """
+import sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None  # looks like a package that is not installed
+import cli
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [
+        ("torch", ["tune", "coop", "--data", "x", "--out", "r"], "tune"),
+        ("open_clip", ["eval", "run"], "tune"),
+        ("onnx", ["align", "clip-minilm", "--data", "bloodmnist", "--out", "b"], "tune"),
+        ("datasets", ["demo", "--out", "d"], "tune"),
+        ("transformers", ["extract", "bloodmnist-demo", "--out", "c.h5"], "extract"),
+    ],
+)
+def test_an_absent_extra_is_one_line(
+    tmp_path: Path, package: str, command: list[str], extra: str
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", ABSENT, package, *command],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=dict(os.environ, VADEMECUM_HOME=str(tmp_path / "home")),
+    )  # fmt: skip
+    _refused(
+        result, 7, f"needs the package '{package}', which is not installed. Install it with: "
+        f"pip install 'vademecum[{extra}]'.",
+    )  # fmt: skip
+
+
+def test_an_import_that_fails_inside_the_project_is_not_taken_for_an_absent_extra(
+    tmp_path: Path,
+) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", ABSENT, "prompt_tune.tuning", "tune", "coop", "--data", "x",
+         "--out", "r"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "ModuleNotFoundError" in result.stderr
+
+
+def test_assets_verify_fails_where_one_is_not_there(tmp_path: Path) -> None:
+    result = _run("assets", "verify", "minilm-l6-v2", home=tmp_path / "home")
+    assert result.returncode == 3
+    assert "absent" in result.stdout
+
+
+def test_no_room_for_a_hub_model_is_not_called_offline() -> None:
+    import errno
+
+    from cache.errors import ModelError, StorageError
+    from prompt_tune.hub_files import hub_errors
+
+    wrapped = ConnectionError("the client wraps it")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(StorageError, match=r"org/name: no space left. Free"),
+        hub_errors("org/name"),
+    ):
+        raise wrapped
+    with pytest.raises(ModelError, match="cannot be fetched"), hub_errors("org/name"):
+        raise OSError(errno.ECONNREFUSED, "refused")

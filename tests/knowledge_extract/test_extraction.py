@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cache.errors import ModelError, StorageError, ValueRefusedError
+from cache.errors import CacheMismatchError, ModelError, StorageError, ValueRefusedError
 from cache.store import KnowledgeCache
 from knowledge_extract import engine, extract, extraction
 from knowledge_extract.extraction import parts_folder
@@ -265,3 +265,23 @@ def test_importing_the_stage_is_light(root):
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True)
     assert out.stdout.decode().strip() == "[]"
+
+
+def test_overwriting_keeps_the_entries_that_stay_the_same(make_recipe, recipe_data, tmp_path):
+    out = tmp_path / "k.h5"
+    classes, blocks = recipe_data["classes"], recipe_data["blocks"]
+    fewer = {name: blocks[name] for name in ("answers", "layers", "descriptions")}
+    first = extract(make_recipe(classes=classes[:2], blocks=fewer), out, CPU)
+    assert first.reused == 0
+    with KnowledgeCache.open(out) as found:
+        kept = {b: dict(zip(found.blocks[b].keys(), found.blocks[b].digests())) for b in fewer}
+    with pytest.raises(
+        CacheMismatchError, match="pass --overwrite: it keeps the entries that stay"
+    ):
+        extract(make_recipe(), out, CPU)
+    again = extract(make_recipe(), out, CPU, overwrite=True)
+    assert again.reused == first.computed
+    with KnowledgeCache.open(out, verify="full") as found:
+        for name, entries in kept.items():
+            now = dict(zip(found.blocks[name].keys(), found.blocks[name].digests()))
+            assert all((now[key] == digest).all() for key, digest in entries.items())

@@ -34,6 +34,7 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads it at run time
     typer.Option("--set", help="Override a recipe value: a.b=value. May be repeated."),
 ]
+Expect = Annotated[str | None, typer.Option(help="The content id it must have.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
 
 
@@ -93,13 +94,64 @@ def cache_inspect(file: Path, as_json: Json = False) -> None:
 @cache_app.command("verify")
 def cache_verify(
     file: Path,
-    expect: Annotated[str | None, typer.Option(help="The content id it must have.")] = None,
+    expect: Expect = None,
+    signers: Annotated[
+        Path | None, typer.Option(help="Allowed signers: also check FILE.sig against them.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Checks every byte and the structure of a cache."""
+    """Checks every byte and the structure of a cache, and who signed it."""
     from cache.inspect import verify
+    from cache.signing import check_signature, signature_of
 
     report = verify(file, expect=expect)
+    facts, text = report.to_json(), report.describe()
+    if signers is not None:
+        who = check_signature(report.content_id, signature_of(file), signers)
+        facts, text = {**facts, "signed_by": who}, f"{text}\nsigned by {who}"
+    _say(facts, as_json, text)
+
+
+@cache_app.command("sign")
+def cache_sign(
+    file: Path, key: Annotated[Path, typer.Option(help="Your ssh key, or its public half.")]
+) -> None:
+    """Signs the content id with an ssh key; leaves FILE.sig."""
+    from cache.signing import sign
+
+    typer.echo(sign(file, key))
+
+
+@cache_app.command("push")
+def cache_push(
+    file: Path,
+    url: Annotated[str, typer.Argument(help="A path, file://, s3:// or hf:// address.")],
+    accept_licence: Annotated[
+        bool, typer.Option(help="Share although the licence forbids or is unknown.")
+    ] = False,
+    accept_privacy: Annotated[
+        bool, typer.Option(help="Share although texts look like personal data.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Verifies, checks licence and texts, uploads, and reads every byte back."""
+    from cache.remote import push
+
+    report = push(file, url, accept_licence=accept_licence, accept_privacy=accept_privacy)
+    _say(report.to_json(), as_json, report.describe())
+
+
+@cache_app.command("pull")
+def cache_pull(
+    url: Annotated[str, typer.Argument(help="A path, file://, s3://, hf:// or https:// address.")],
+    out: Annotated[Path, typer.Option(help="The file to make.")],
+    expect: Expect = None,
+    as_json: Json = False,
+) -> None:
+    """Fetches a cache; it gets its name only when every byte was checked. Resumable."""
+    from cache.remote import pull
+
+    report = pull(url, out, expect=expect)
     _say(report.to_json(), as_json, report.describe())
 
 

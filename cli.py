@@ -35,6 +35,11 @@ Overrides = Annotated[
     typer.Option("--set", help="Override a recipe value: a.b=value. May be repeated."),
 ]
 Expect = Annotated[str | None, typer.Option(help="The content id it must have.")]
+Classes = Annotated[Path | None, typer.Option(help="YAML with a class name for each id.")]
+Modality = Annotated[str, typer.Option(help="Of all classes.")]
+Licence = Annotated[str | None, typer.Option(help="Of the model the values come from.")]
+Model = Annotated[str | None, typer.Option(help="What the model is called.")]
+Replace = Annotated[bool, typer.Option(help="Replace a cache that has this name.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
 
 
@@ -162,6 +167,72 @@ def cache_layers(file: Path, first: str, second: str, as_json: Json = False) -> 
 
     rows = compare_blocks(file, first, second)
     _say(rows, as_json, describe_comparison(rows))
+
+
+@cache_app.command("import-cilmp")
+def cache_import_cilmp(
+    folder: Annotated[Path, typer.Argument(help="llm_representations/<data set> of CILMP.")],
+    out: Annotated[Path, typer.Option(help="The sealed cache to make.")],
+    dataset: Annotated[str, typer.Option(help="Id of the data set.")],
+    block: Annotated[str, typer.Option(help="Name of the block.")] = "layers",
+    first_layer: Annotated[int, typer.Option(help="Of the first row; 0 is the embedding.")] = 1,
+    classes: Classes = None,
+    modality: Modality = "",
+    licence: Licence = None,
+    model: Model = None,
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Makes a cache of the published code's <class>.pth files, without unpickling them."""
+    from cache.import_cilmp import import_cilmp
+    from cache.importing import Labels, read_class_table
+
+    labels = Labels(dataset, block, "states", modality, licence, model, first_layer)
+    table = None if classes is None else read_class_table(classes)
+    report = import_cilmp(folder, out, labels, classes=table, replace=replace)
+    _say(report.to_json(), as_json, report.describe())
+
+
+@cache_app.command("export-cilmp")
+def cache_export_cilmp(
+    file: Path,
+    folder: Annotated[Path, typer.Argument(help="Gets one <class>.pth per class.")],
+    block: Annotated[str, typer.Option(help="A block of hidden states.")] = "layers",
+    item: Annotated[int, typer.Option(min=0, help="Which entry of each class.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="f2 or f4; else as stored.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace files of the same name.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Writes the folder of <class>.pth files that the published CILMP code loads."""
+    from cache.export_cilmp import export_cilmp
+
+    report = export_cilmp(file, folder, block=block, item=item, dtype=dtype, overwrite=overwrite)
+    _say(report.to_json(), as_json, report.describe())
+
+
+@cache_app.command("import-hdf5")
+def cache_import_hdf5(
+    file: Annotated[Path, typer.Argument(help="HDF5 with one float dataset per class.")],
+    out: Annotated[Path, typer.Option(help="The sealed cache to make.")],
+    dataset: Annotated[str, typer.Option(help="Id of the data set.")],
+    block: Annotated[str, typer.Option(help="Name of the block.")] = "layers",
+    kind: Annotated[str, typer.Option(help="states or embeddings.")] = "states",
+    first_layer: Annotated[int, typer.Option(help="Of the first row; 0 is the embedding.")] = 1,
+    classes: Classes = None,
+    modality: Modality = "",
+    licence: Licence = None,
+    model: Model = None,
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Makes a cache of a stranger's HDF5 file, read in a process without rights."""
+    from cache.import_hdf5 import import_hdf5
+    from cache.importing import Labels, read_class_table
+
+    labels = Labels(dataset, block, kind, modality, licence, model, first_layer)
+    table = None if classes is None else read_class_table(classes)
+    report = import_hdf5(file, out, labels, classes=table, replace=replace)
+    _say(report.to_json(), as_json, report.describe())
 
 
 @cache_app.command("audit")

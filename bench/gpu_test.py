@@ -7,10 +7,13 @@ Prints one table. Where no CUDA device is at hand every row says "not measured".
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # beside this lies a `cache.py`
 
 ROWS = (
     "extract nf4", "extract bf16", "resume (nothing missing)", "verify", "one CILMP epoch",

@@ -1,6 +1,7 @@
 """What all shards of one extraction have in common, and how it is stored."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -9,8 +10,9 @@ from typing import Any
 from cache.blocks import BlockSpec, ClassRecord
 from cache.errors import CacheFormatError, ValueRefusedError
 from cache.header import FORMAT, check_block_name
+from cache.joining import recipes_of
 from cache.packing import Source
-from cache.plain import TEXT_FIELDS, is_token, redact, refuse_places
+from cache.plain import TEXT_FIELDS, is_token, redact, refuse_depth, refuse_places, strict_json
 from cache.recipe import canonical_json
 from cache.sealed import SealedFile
 from cache.tables import bytes_source, class_sources, read_classes
@@ -43,7 +45,7 @@ class ExtractionHeader:
             raise ValueRefusedError(what, where="dataset", found=repr(self.dataset)[:80])
         refuse_places(self.dataset, "dataset")
         ids = [record.id for record in self.classes]
-        twice = next((i for i in ids if ids.count(i) > 1), None)
+        twice = next((i for i, n in Counter(ids).items() if n > 1), None)
         if twice is not None or not ids:
             what = "a class stands twice" if ids else "an extraction needs classes"
             raise ValueRefusedError(what, where="classes", found=twice)
@@ -52,8 +54,12 @@ class ExtractionHeader:
             raise ValueRefusedError(what, where="blocks")
         for name in self.blocks:
             check_block_name(name)
-        outside = {k: v for k, v in self.recipe.items() if k not in TEXT_FIELDS}
-        refuse_places(outside, "recipe")
+        try:
+            refuse_depth(self.recipe)
+        except ValueError as error:
+            raise ValueRefusedError(str(error), where="recipe") from error
+        for part in recipes_of(self.recipe):
+            refuse_places({k: v for k, v in part.items() if k not in TEXT_FIELDS}, "recipe")
         for key, text in self.provenance.items():
             if {type(text), type(key)} != {str}:
                 what = "provenance is a table of texts"
@@ -100,8 +106,8 @@ def stored_plain(sealed: SealedFile) -> dict[str, Any]:
         what = "not the header of an extraction"
         raise CacheFormatError(what, where=sealed.path)
     try:
-        recipe = json.loads(sealed.array("recipe").tobytes())
-        provenance = json.loads(sealed.array("provenance").tobytes())
+        recipe = strict_json(sealed.array("recipe").tobytes())
+        provenance = strict_json(sealed.array("provenance").tobytes())
     except ValueError as error:
         what = "the recipe is not JSON"
         raise CacheFormatError(what, where=sealed.path) from error

@@ -4,16 +4,25 @@ A shard is a sealed file of its own. It is named after the keys of its entries a
 replacing, so of two jobs that commit the same batch exactly one is first, without a lock.
 """
 
+import errno
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cache.blocks import Entry, Value, checked_values, entry_digest, entry_key, raw_bytes
-from cache.durable import drafting, refuse_source_folder, storage_errors, sweep, sync_folder
+from cache.durable import (
+    drafting,
+    make_folder,
+    refuse_source_folder,
+    storage_errors,
+    sweep,
+    sync_folder,
+)
 from cache.errors import (
     CacheFormatError,
     CacheMismatchError,
@@ -79,12 +88,10 @@ class ShardFolder:
         refuse_source_folder(folder)
         if create:
             with storage_errors(folder):
-                made = not folder.exists()
-                folder.mkdir(parents=True, exist_ok=True)
-                if made:
-                    sync_folder(folder.parent)
-            sweep(folder)
-        self._extraction = self._open_header()
+                make_folder(folder)
+                sweep(folder)
+        with storage_errors(folder):
+            self._extraction = self._open_header()
         self._refresh()
 
     def _open_header(self) -> str | None:
@@ -117,11 +124,11 @@ class ShardFolder:
         return identity
 
     def _set_aside(self, path: Path, error: CacheFormatError) -> None:
-        number, aside = 0, path.with_name(path.name + ".damaged")
-        while aside.exists():
-            number += 1
-            aside = path.with_name(f"{path.name}.{number}.damaged")
         with storage_errors(path):
+            number, aside = 0, path.with_name(path.name + ".damaged")
+            while aside.exists():
+                number += 1
+                aside = path.with_name(f"{path.name}.{number}.damaged")
             try:
                 path.rename(aside)
             except FileNotFoundError:
@@ -174,7 +181,7 @@ class ShardFolder:
                 key, digest, source = (column[row].tobytes() for column in lists)
                 entry = Committed(
                     sequence=sequence,
-                    shard=sealed.path.name,
+                    shard=Path(sealed.path).name,
                     block=name,
                     row=row,
                     class_index=int(kind[row]),
@@ -240,10 +247,15 @@ class ShardFolder:
         """
         checked = self._checked(entries)
         self._refresh()
+        known = bool(checked)
         for _ in range(3):
             todo = {key: made for key, made in checked.items() if key not in self._entries}
             if not todo:
+                if known:  # another job's, perhaps killed before its name was durable
+                    with storage_errors(self.folder):
+                        sync_folder(self.folder)
                 return
+            known = False
             self._write(todo, batch_shape)
             self._refresh()
         what, do = "what was written does not read back", "Check the disk."
@@ -314,14 +326,28 @@ class ShardFolder:
             draft.publish(self.folder / f"{named}.h5", replace=False)
 
     def clear(self) -> None:
-        """Removes the shards, and the folder if nothing else is in it. Damaged files stay."""
-        with storage_errors(self.folder):
-            names = sorted(path.name for path in self.folder.iterdir())
-            for name in [n for n in names if _SHARD.fullmatch(n)]:
+        """Removes the shards seen so far, and the folder if nothing else is in it.
+
+        Damaged files stay, and what another job committed since the last look.
+        """
+        with storage_errors(self.folder), suppress(FileNotFoundError):
+            for name in sorted(self._shards):
                 (self.folder / name).unlink(missing_ok=True)
             sync_folder(self.folder)
+            left = {path.name for path in self.folder.iterdir()}
+            if any(_SHARD.fullmatch(name) for name in left):
+                return
             (self.folder / EXTRACTION).unlink(missing_ok=True)
             sweep(self.folder)
             if not any(self.folder.iterdir()):
-                self.folder.rmdir()
-                sync_folder(self.folder.parent)
+                _remove_folder(self.folder)
+
+
+def _remove_folder(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another job was about to write
+            raise
+    else:
+        sync_folder(folder.parent)

@@ -17,6 +17,8 @@ from cache.errors import CacheMismatchError, ValueRefusedError
 MAGIC = b"VADEMC\0\x01"
 PREFIX = 48  # magic, length, digest
 LARGEST_HEADER = 1 << 20
+MOST_COMMAS = 1 << 15  # in the header's JSON: bounds the work of reading it, before it is read
+MOST_BLOCKS = 64
 SMALLEST_USERBLOCK = 4096
 FORMAT = 1
 ALIGNMENT = 64

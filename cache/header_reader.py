@@ -18,6 +18,8 @@ from cache.header import (
     HEX,
     LARGEST_HEADER,
     MAGIC,
+    MOST_BLOCKS,
+    MOST_COMMAS,
     PREFIX,
     SMALLEST_USERBLOCK,
     Extent,
@@ -57,6 +59,7 @@ def _integer(text: str) -> int:
 
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
+    _need(raw.count(b",") <= MOST_COMMAS, f"the header has more than {MOST_COMMAS} commas")
     try:
         data = json.loads(
             raw.decode("ascii"),
@@ -76,7 +79,9 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
 
 def _keys(table: Any, wanted: set[str], what: str) -> None:
     _need(type(table) is dict, f"{what} is not a table")
-    _need(set(table) == wanted, f"{what} has other keys than {', '.join(sorted(wanted))}")
+    for other in sorted(set(table) ^ wanted)[:1]:
+        found = "is missing" if other in wanted else "is unknown"
+        _need(condition=False, what=f"{what} has other keys: {ascii(other)[:80]} {found}")
 
 
 def _is_count(value: Any, largest: int = LARGEST_INT) -> bool:
@@ -121,6 +126,7 @@ def _check_content(content: Any) -> str:
 def _check_blocks(content: Mapping[str, Any], kind: str) -> dict[str, BlockSpec]:
     blocks, specs = content["blocks"], {}
     _need(type(blocks) is dict and blocks, "content.blocks is not a table of blocks")
+    _need(len(blocks) <= MOST_BLOCKS, f"the header has more than {MOST_BLOCKS} blocks")
     fields = {"dtype", "kind", "layers", "spec", "width"} | (
         {"id"} if kind == "knowledge" else set()
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cache.blocks import KINDS, entry_digest, entry_key
+from cache.blocks import KINDS, all_finite, entry_digest, entry_key
 from cache.errors import CacheFormatError, ValueRefusedError
 from cache.extraction import ExtractionHeader
 from cache.plain import redact
@@ -164,6 +164,11 @@ def _check_block(found: KnowledgeCache, block: Block) -> int:
     spec = found.sealed.header.specs[block.name]
     keys, digests = block.keys(), block.digests()
     rows = 0
+    extents = found.sealed.header.extents
+    columns = [f"{block.name}__{column}" for column in KINDS[block.kind].columns]
+    if not len(block) and any(extents[column].nbytes for column in columns):
+        what = "values that belong to no entry"
+        raise CacheFormatError(what, where=f"{found.path}, block {block.name}")
     for row, entry in enumerate(block.entries()):
         where = f"{found.path}, block {block.name}, class {entry.class_id}, item {entry.item}"
         if entry_key(spec, entry.class_id, entry.item, entry.source_digest) != keys[row]:
@@ -187,6 +192,6 @@ def _check_array(value: np.ndarray, where: str) -> None:
     if not len(value):
         what = "an entry without rows"
         raise CacheFormatError(what, where=where)
-    if not np.isfinite(value).all():
+    if not all_finite(value):
         what = "a value is not finite"
         raise CacheFormatError(what, where=where)

@@ -6,6 +6,8 @@ the header only their digests stand.
 """
 
 import hashlib
+import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +20,8 @@ TOKEN_LENGTH = 200
 TEXT_FIELDS = ("classes", "templates")  # of a recipe: digested as a whole
 FIELD_BYTES = 4096  # a larger field of a recipe stands in the header as its digest
 LARGEST_INT = 2**53 - 1
+DEEPEST = 32  # tables and lists inside each other
+_TOO_DEEP = f"more than {DEEPEST} tables and lists inside each other"
 
 _PLACE = re.compile(
     r"""(?:^|[\s"'(\[=,;<])            # at the start of a word
@@ -70,21 +74,70 @@ def refuse_places(value: Any, at: str) -> None:
             raise ValueRefusedError(what, where=place, found=repr(text[:80]), do=do)
 
 
-def check_header_data(value: Any, at: str) -> None:
+def strict_json(raw: bytes) -> Any:
+    """The value of JSON text in which no key stands twice and every number is finite.
+
+    Raises:
+        ValueError: anything else, also more than 32 tables and lists inside each other.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            what = "a key stands twice"
+            raise ValueError(what)
+        return table
+
+    def finite(digits: str) -> float:
+        if not math.isfinite(number := float(digits)):
+            what = f"the number {digits[:30]}"
+            raise ValueError(what)
+        return number
+
+    try:
+        value = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_float=finite,
+            parse_constant=finite,
+        )
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    refuse_depth(value)
+    return value
+
+
+def refuse_depth(value: Any, left: int = DEEPEST) -> None:
+    """Nothing, if at most `left` tables and lists of `value` stand inside each other.
+
+    Raises:
+        ValueError: more.
+    """
+    if isinstance(value, Mapping | list | tuple):
+        if left == 0:
+            raise ValueError(_TOO_DEEP)
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            refuse_depth(inner, left - 1)
+
+
+def check_header_data(value: Any, at: str, left: int = DEEPEST) -> None:
     """Nothing, if `value` is made of tokens, integers, booleans, lists and tables only.
 
     Raises:
-        ValueRefusedError: a float, a text, a path or any other object, and where it stands.
+        ValueRefusedError: a float, a text, a path or any other object, and where it stands; more
+            than `left` tables and lists inside each other.
     """
+    if left == 0 and isinstance(value, Mapping | list | tuple):
+        raise ValueRefusedError(_TOO_DEEP, where=at[:80])
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str) or not is_token(key):
                 what = "a key of the header must be a short token"
                 raise ValueRefusedError(what, where=at, found=repr(key)[:80])
-            check_header_data(inner, f"{at}.{key}")
+            check_header_data(inner, f"{at}.{key}", left - 1)
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
-            check_header_data(inner, f"{at}[{index}]")
+            check_header_data(inner, f"{at}[{index}]", left - 1)
     elif value is not None and not isinstance(value, bool):
         _check_leaf(value, at)
 

@@ -1,15 +1,12 @@
 """Sealing: all shards of an extraction become one file, and only then the shards go."""
 
-import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
-
-from cache.blocks import KINDS, entry_digest, raw_bytes
-from cache.durable import Draft, drafting, free_space, refuse_source_folder, storage_errors, sweep
+from cache.blocks import Value, entry_digest
+from cache.durable import storage_errors, sync_file, sync_folder
 from cache.errors import (
     CacheFormatError,
     CacheMismatchError,
@@ -17,9 +14,10 @@ from cache.errors import (
     StorageError,
 )
 from cache.folder import Committed, ShardFolder
-from cache.packing import Buffer, Source, pack, packed_size
+from cache.packing import Source
+from cache.publishing import check_target, entry_sources, write_sealed
 from cache.sealed import SealedFile, is_sealed
-from cache.tables import block_sources
+from cache.store import KnowledgeCache
 
 OPEN_SHARDS = 64
 
@@ -31,7 +29,7 @@ class _Shards:
         self.folder = folder
         self._open: OrderedDict[str, SealedFile] = OrderedDict()
 
-    def array(self, entry: Committed, kind: str) -> np.ndarray:
+    def values(self, entry: Committed, kind: str) -> Mapping[str, Value]:
         """The array of one entry, after checking its digest."""
         if entry.shard not in self._open:
             self._open[entry.shard] = SealedFile(self.folder / entry.shard)
@@ -39,8 +37,9 @@ class _Shards:
         while len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
         sealed = self._open[entry.shard]
-        found = sealed.array(f"{entry.block}__values", check=False)[entry.first : entry.last]
-        if entry_digest(kind, {"values": found}) != entry.digest:
+        array = sealed.array(f"{entry.block}__values", check=False)
+        found = {"values": array[entry.first : entry.last].copy()}  # what is digested is packed
+        if entry_digest(kind, found) != entry.digest:
             what = f"an entry of block {entry.block} changed after it was committed"
             do = "Run the extraction again; only this shard is redone."
             raise CacheFormatError(what, where=sealed.path, do=do)
@@ -50,11 +49,6 @@ class _Shards:
         """Lets go of all of them."""
         for sealed in self._open.values():
             sealed.close()
-
-
-def _stream(shards: _Shards, kind: str, entries: Sequence[Committed]) -> Iterator[Buffer]:
-    for entry in entries:
-        yield raw_bytes(shards.array(entry, kind))
 
 
 def _block(
@@ -70,13 +64,14 @@ def _block(
             what, do = "two entries from different texts", "Say which entries are expected."
             raise CacheMismatchError(what, where=where, do=do)
     rows = [(e.class_index, e.item, e.key, e.digest, e.source) for e in entries]
-    if spec.dtype is not None:
-        counts = [e.last - e.first for e in entries]
-        streams = {"values": (counts, _stream(shards, spec.kind, entries))}
-        return block_sources(name, spec, rows, {}, streams)
-    found = [folder.entry(e.key.hex()).values for e in entries]
-    columns = {column: [values[column] for values in found] for column in KINDS[spec.kind].columns}
-    return block_sources(name, spec, rows, columns, {})
+
+    def read(number: int) -> Mapping[str, Value]:
+        entry = entries[number]
+        if spec.dtype is None:
+            return folder.entry(entry.key.hex()).values
+        return shards.values(entry, spec.kind)
+
+    return entry_sources(name, spec, rows, [e.last - e.first for e in entries], read)
 
 
 def _chosen(
@@ -90,35 +85,6 @@ def _chosen(
         do = "Run the extraction again; what is there is kept."
         raise MissingKnowledgeError(what, where=folder.folder, do=do)
     return folder.committed(sorted(wanted))
-
-
-def _check_target(target: Path) -> None:
-    refuse_source_folder(target)
-    if target.is_dir():
-        what = "is a folder"
-        raise StorageError(what, where=target, do="Name a file.")
-    if os.path.lexists(target) and not is_sealed(target):
-        what, do = "this file exists and is not a knowledge cache", "Choose another name."
-        raise CacheMismatchError(what, where=target, do=do)
-
-
-def _publish(draft: Draft, target: Path, content_id: str, *, replace: bool) -> None:
-    """Verifies the packed file and gives it its name."""
-    with SealedFile(draft.path) as sealed:
-        sealed.verify_bytes()
-        sealed.verify_structure()
-        if sealed.header.content_id != content_id:
-            what = "what was written does not read back"
-            raise CacheFormatError(what, where=target)
-    if draft.publish(target, replace=replace):
-        return
-    with SealedFile(target) as sealed:
-        if sealed.header.content_id != content_id:
-            what = "another knowledge cache has this name"
-            do = "Choose another name, or replace it on purpose."
-            found = sealed.header.content_id
-            raise CacheMismatchError(what, where=target, found=found, wanted=content_id, do=do)
-        sealed.verify_bytes()
 
 
 def seal(
@@ -146,7 +112,26 @@ def seal(
         CacheMismatchError: `target` is something else; or two entries for one place.
         StorageError: no space, no permission.
     """
-    _check_target(target)
+    check_target(target)
+    try:
+        content_id = _seal(folder, target, expected, partial=partial, replace=replace)
+    except (CacheFormatError, MissingKnowledgeError, StorageError):
+        found = sealed_already(folder, target, expected)
+        if found is None:
+            raise
+        content_id = found
+    folder.clear()
+    return content_id
+
+
+def _seal(
+    folder: ShardFolder,
+    target: Path,
+    expected: Collection[str] | None,
+    *,
+    partial: bool,
+    replace: bool,
+) -> str:
     chosen = _chosen(folder, expected, partial=partial)
     by_block: dict[str, list[Committed]] = {name: [] for name in folder.header.blocks}
     for entry in chosen:
@@ -156,14 +141,33 @@ def seal(
         sources = folder.header.sources()
         for name, entries in by_block.items():
             sources |= _block(folder, shards, name, entries)
-        with storage_errors(target.parent):
-            sweep(target.parent)
-        free_space(target.parent, packed_size(sources))
-        with drafting(target.parent) as draft:
-            content_id = pack(draft, folder.header.content("knowledge"), sources)
-            draft.sync()
-            _publish(draft, target, content_id, replace=replace)
+        content = folder.header.content("knowledge")
+        return write_sealed(content, sources, target, replace=replace)
     finally:
         shards.close()
-    folder.clear()
-    return content_id
+
+
+def sealed_already(
+    folder: ShardFolder, target: Path, expected: Collection[str] | None
+) -> str | None:
+    """The content id of `target`, if another job sealed the expected entries of `folder` there.
+
+    Of two jobs in one folder the faster one seals and removes the shards; the other then misses
+    them, but nothing is lost. The same after a crash while the shards were removed.
+    """
+    if expected is None or not is_sealed(target):
+        return None
+    with KnowledgeCache.open(target, verify="full") as found:
+        header, made = found.sealed.header, folder.header
+        content = {k: v for k, v in header.content.items() if k != "datasets"}
+        blocks = {name: {**block, "id": None} for name, block in content["blocks"].items()}
+        wanted = made.content("knowledge")
+        asked = {name: {**block, "id": None} for name, block in wanted["blocks"].items()}
+        same = {**content, "blocks": blocks} == {**wanted, "blocks": asked}
+        keys = frozenset().union(*(block.keys() for block in found.blocks.values()))
+        if not same or keys != set(expected):
+            return None
+        with storage_errors(target):
+            sync_file(target)  # the other job may not have come that far
+            sync_folder(target.parent)
+        return found.content_id

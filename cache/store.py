@@ -1,6 +1,5 @@
 """Reading a sealed knowledge cache."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 from cache.blocks import KINDS, BlockSpec, ClassRecord, Entry, normal_text
 from cache.errors import CacheFormatError, CacheMismatchError, MissingKnowledgeError
 from cache.header import check_expected
+from cache.plain import strict_json
 from cache.registry import suggest
 from cache.sealed import SealedFile
 from cache.tables import BlockTable, read_classes
@@ -86,9 +86,7 @@ class Block:
             MissingKnowledgeError: no such class or item, or a block without arrays.
             CacheFormatError: the block's bytes are damaged.
         """
-        if self.dtype is None:
-            what = f"a block of {self.kind} holds no arrays"
-            raise MissingKnowledgeError(what, where=f"{self._sealed.path}, block {self.name}")
+        self._arrays()
         values = self._table.values(self._row(class_id, item))["values"]
         if not isinstance(values, np.ndarray):
             what = "not an array"
@@ -128,6 +126,43 @@ class Block:
     def column_names(self) -> tuple[str, ...]:
         """The columns of every entry."""
         return tuple(KINDS[self.kind].columns)
+
+    def _arrays(self) -> str:
+        """The dataset that holds the arrays."""
+        if self.dtype is None:
+            what = f"a block of {self.kind} holds no arrays"
+            raise MissingKnowledgeError(what, where=f"{self._sealed.path}, block {self.name}")
+        return f"{self.name}__values"
+
+    def values(self) -> np.ndarray:
+        """The rows of all entries one after the other, a read-only view; `offsets` splits them.
+
+        Raises:
+            MissingKnowledgeError: a block without arrays.
+            CacheFormatError: the block's bytes are damaged.
+        """
+        return self._sealed.array(self._arrays())
+
+    def offsets(self) -> np.ndarray:
+        """The first row of each entry in `values`, in file order, and the end."""
+        self._arrays()
+        return self._table.offsets
+
+    def layer(self, number: int) -> np.ndarray:
+        """Decoder layer `number` of all entries, `[rows, width]`, a read-only view.
+
+        Raises:
+            MissingKnowledgeError: a layer that is not stored, or a block without layers.
+        """
+        if number not in self.layers:
+            what, found = f"no layer {number}", f"layers {list(self.layers)}"
+            where = f"{self._sealed.path}, block {self.name}"
+            raise MissingKnowledgeError(what, where=where, found=found)
+        return self.values()[:, self.layers.index(number)]
+
+    def read(self, out: np.ndarray | None = None) -> np.ndarray:
+        """What `values` shows, copied into memory of its own; see `SealedFile.read`."""
+        return self._sealed.read(self._arrays(), out)
 
 
 class _Blocks(Mapping[str, Block]):
@@ -192,7 +227,7 @@ class KnowledgeCache:
         """
         sealed = SealedFile(path)
         try:
-            _check_kind(sealed)
+            check_kind(sealed)
             check_expected(sealed.header.content_id, expect, path)
             if verify == "full":
                 sealed.verify_bytes()
@@ -234,8 +269,8 @@ class KnowledgeCache:
 
     def _table(self, name: str) -> dict[str, Any]:
         try:
-            found = json.loads(self.sealed.array(name).tobytes())
-        except (ValueError, RecursionError) as error:
+            found = strict_json(self.sealed.array(name).tobytes())
+        except ValueError as error:
             what = f"dataset {name} is not JSON"
             raise CacheFormatError(what, where=self.path) from error
         if not isinstance(found, dict):
@@ -299,7 +334,12 @@ class KnowledgeCache:
                 )
 
 
-def _check_kind(sealed: SealedFile) -> None:
+def check_kind(sealed: SealedFile) -> None:
+    """Nothing, if a file is a whole cache.
+
+    Raises:
+        CacheFormatError: a part of an unfinished extraction.
+    """
     if sealed.header.kind != "knowledge":
         what = "a part of an unfinished extraction, not a knowledge cache"
         do = "Run the extraction to its end."

@@ -1,12 +1,12 @@
 """Entries as columns: how a block's entries become datasets, and back."""
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple
 from functools import cached_property
 
 import numpy as np
 
-from cache.blocks import KINDS, BlockSpec, ClassRecord, Value
+from cache.blocks import KINDS, BlockSpec, ClassRecord, Value, entry_digest
 from cache.errors import CacheFormatError, ValueRefusedError
 from cache.header import CLASS_COLUMNS
 from cache.packing import Buffer, Source
@@ -69,14 +69,15 @@ class TextColumn:
 
     def __init__(self, sealed: SealedFile, name: str) -> None:
         self._sealed, self._name = sealed, name
-        self._raw = sealed.array(name)
-        self._offsets = read_offsets(sealed, f"{name}_offsets", len(self._raw))
+        end = sealed.header.extents[name].shape[0]
+        self._offsets = read_offsets(sealed, f"{name}_offsets", end)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, row: int) -> str:
-        raw = self._raw[self._offsets[row] : self._offsets[row + 1]].tobytes()
+        first, last = int(self._offsets[row]), int(self._offsets[row + 1])
+        raw = self._sealed.rows(self._name, first, last).tobytes()
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -92,15 +93,17 @@ def read_classes(sealed: SealedFile) -> tuple[ClassRecord, ...]:
     """
     columns = [TextColumn(sealed, f"classes__{column}") for column in CLASS_COLUMNS]
     rows = [tuple(column[row] for column in columns) for row in range(len(columns[0]))]
+    for row in rows:
+        if not all(unicodedata.is_normalized("NFC", text) for text in row):
+            # asked before anything normalises it: that is quadratic for a hostile text
+            name = ascii(row[0][:100]).strip("'")
+            what = f"class {name}: a text is not in Unicode normal form C"
+            raise CacheFormatError(what, where=sealed.path)
     try:
         classes = tuple(ClassRecord(*row) for row in rows)
     except ValueRefusedError as error:
         what = f"refused: {error}"
         raise CacheFormatError(what, where=sealed.path) from error
-    for row, record in zip(rows, classes, strict=True):
-        if astuple(record) != row:
-            what = f"class {record.id}: a text is not in Unicode normal form C"
-            raise CacheFormatError(what, where=sealed.path)
     ids = [record.id for record in classes]
     if ids != sorted(set(ids)):
         what = "the class table is not sorted by id"
@@ -134,6 +137,12 @@ class BlockTable:
         return kind, item
 
     @cached_property
+    def _first(self) -> list[int]:
+        """The first row of each class, and the end."""
+        first: list[int] = np.searchsorted(self.index[0], np.arange(self._classes + 1)).tolist()
+        return first
+
+    @cached_property
     def offsets(self) -> np.ndarray:
         """Where the rows of each entry start in `values`."""
         end = self._sealed.header.extents[f"{self._name}__values"].shape[0]
@@ -147,9 +156,10 @@ class BlockTable:
 
     def find(self, class_index: int, item: int) -> int | None:
         """The row of an entry."""
-        kind, items = self.index
-        first, last = np.searchsorted(kind, [class_index, class_index + 1])
-        row = int(first + np.searchsorted(items[first:last], item))
+        items, (first, last) = self.index[1], self._first[class_index : class_index + 2]
+        row = first + item  # right unless an item before it is missing
+        if not (first <= row < last and items[row] == item):
+            row = first + int(np.searchsorted(items[first:last], item))
         return row if row < last and items[row] == item else None
 
     def values(self, row: int) -> dict[str, Value]:
@@ -157,12 +167,20 @@ class BlockTable:
         found: dict[str, Value] = {}
         for name, column in KINDS[self.spec.kind].columns.items():
             if column == "array":
-                found[name] = self.column(name)[self.offsets[row] : self.offsets[row + 1]]
+                first, last = int(self.offsets[row]), int(self.offsets[row + 1])
+                found[name] = self._sealed.rows(f"{self._name}__{name}", first, last)
             elif column == "text":
                 found[name] = self._texts[name][row]
             else:
                 found[name] = int(self.column(name)[row])
+        if self._sealed.by_entry:
+            self._check_entry(row, found)
         return found
+
+    def _check_entry(self, row: int, values: Mapping[str, Value]) -> None:
+        if entry_digest(self.spec.kind, values) != self.column("digests")[row].tobytes():
+            what = f"entry {row} of block {self._name} is damaged: its digest differs"
+            raise CacheFormatError(what, where=self._sealed.path, do="Fetch the file again.")
 
 
 def block_sources(

@@ -1,6 +1,7 @@
 """Shards: resume, damage, several writers, sealing."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,39 @@ def test_two_jobs_finish_with_one_complete_cache(make, tmp_path, root, steps):
     assert folder.damaged == []
     assert seal(folder, tmp_path / "k.h5", expected=expected) == make.cache_at(tmp_path / "one.h5")
     assert (tmp_path / "k.h5").read_bytes() == (tmp_path / "one.h5").read_bytes()
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_the_slower_of_two_jobs_finds_the_work_sealed(make, tmp_path, monkeypatch, when):
+    where, target = tmp_path / "k.parts", tmp_path / "k.h5"
+    expected = {make.key(one) for one in make.entries()}
+    slow = ShardFolder(where, header=make.header())
+    for start in range(0, 24, 6):
+        slow.commit(make.entries()[start : start + 6], batch_shape=(6,))
+    fast = ShardFolder(where, header=make.header())
+    if when == "before":
+        content_id = seal(fast, target, expected=expected)
+    else:
+        real, done = sys.modules["cache.sealing"].entry_sources, []
+
+        def late(*arguments):
+            if not done:
+                done.append(True)
+                done.append(seal(fast, target, expected=expected))
+            return real(*arguments)
+
+        monkeypatch.setattr("cache.sealing.entry_sources", late)
+        content_id = make.cache_at(tmp_path / "one.h5")
+        done.clear()
+    assert seal(slow, target, expected=expected) == content_id
+    assert not where.exists()
+    again = ShardFolder(where, header=make.header())
+    again.commit(make.entries()[:6], batch_shape=(6,))
+    shutil.rmtree(where)
+    with pytest.raises(StorageError, match="no such folder"):
+        seal(again, target, expected=sorted(expected)[:6])  # the file holds other entries
+    with pytest.raises(StorageError, match="no such folder"):
+        seal(again, target)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +563,7 @@ def test_a_disk_that_writes_something_else_is_noticed(make, folder, tmp_path, mo
     assert len(folder.damaged) == 3
     folder.commit(make.entries()[:1], batch_shape=(1,))
     with monkeypatch.context() as patch:
-        patch.setattr("cache.sealing.pack", spoil(sys.modules["cache.sealing"].pack))
+        patch.setattr("cache.publishing.pack", spoil(sys.modules["cache.publishing"].pack))
         with pytest.raises(CacheFormatError, match=r"the HDF5 structure is damaged|is damaged"):
             seal(folder, tmp_path / "k.h5")
     assert names(tmp_path) == ["k.parts"]

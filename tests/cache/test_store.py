@@ -1,9 +1,6 @@
 """Reading a sealed cache: round trip, alignment, determinism."""
 
 import hashlib
-import os
-import subprocess
-import sys
 import threading
 import time
 import unicodedata
@@ -125,25 +122,6 @@ def test_the_same_content_is_the_same_bytes(make, tmp_path):
     first, second = (tmp_path / "a.h5").read_bytes(), (tmp_path / "b.h5").read_bytes()
     assert first == second
     assert hashlib.sha256(first).hexdigest() == GOLDEN_BYTES
-
-
-@pytest.mark.parametrize(
-    ("zone", "umask", "seed"), [("Asia/Tokyo", 0o077, "0"), ("UTC", 0o002, "7")]
-)
-def test_neither_zone_umask_nor_hash_seed_matters(make, tmp_path, root, zone, umask, seed):
-    code = (
-        f"import os, sys, importlib.util; os.umask({umask}); sys.path.insert(0, {str(root)!r})\n"
-        f"spec = importlib.util.spec_from_file_location('make', {make.__file__!r})\n"
-        "make = importlib.util.module_from_spec(spec); spec.loader.exec_module(make)\n"
-        f"from pathlib import Path; print(make.cache_at(Path({str(tmp_path)!r}) / 'k.h5'))"
-    )
-    environment = {**os.environ, "TZ": zone, "PYTHONHASHSEED": seed}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == GOLDEN_ID
-    assert hashlib.sha256((tmp_path / "k.h5").read_bytes()).hexdigest() == GOLDEN_BYTES
-    assert (tmp_path / "k.h5").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_block_keeps_its_id_when_another_is_added(make, tmp_path):

@@ -75,18 +75,18 @@ def join_recipes(
     conflicts = []
     for rest, classes in versions.items():
         chosen = {}
-        for name, known in sorted(classes.items()):
+        for name, known in classes.items():
             found = list(known.values())
             winner = next((one for one, files in found if prefer in files), None)
             if len(found) > 1 and winner is None:
                 conflicts.append((name, tuple(files[0] for _, files in found)))
             chosen[name] = found[0][0] if winner is None else winner
         groups[rest] = with_classes(groups[rest], chosen)
-    return as_one(groups.values()), conflicts
+    return as_one(groups.values()), sorted(conflicts)
 
 
 def _plain_texts(text: str) -> list[str] | None:
-    """The texts in a canonical list of at least two, sorted, distinct and not lists themselves."""
+    """The texts in a canonical list of at least two that are sorted and distinct, else None."""
     if not text.startswith("["):
         return None
     try:
@@ -95,9 +95,8 @@ def _plain_texts(text: str) -> list[str] | None:
         return None
     if not isinstance(found, list) or len(found) < 2 or not all(type(t) is str for t in found):
         return None
-    if found != sorted(set(found)) or canonical_json(found).decode("ascii") != text:
-        return None
-    return None if any(_plain_texts(inner) is not None for inner in found) else found
+    canonical = found == sorted(set(found)) and canonical_json(found).decode("ascii") == text
+    return found if canonical else None
 
 
 def texts_of(text: str) -> list[str]:

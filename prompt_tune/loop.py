@@ -5,6 +5,7 @@ are functions of (seed, epoch, step). A run that is killed continues from its la
 computes the same numbers.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,14 @@ def accuracy(method: Method, cases: Cases, size: int) -> float:
 class _Progress:
     """Everything that changes during training and is saved with a state."""
 
-    def __init__(self, method: Method, optimizer: torch.optim.SGD, averaged: frozenset[str]):
+    def __init__(self, method: Method, optimizer: torch.optim.SGD, spec: TrainSpec):
         self.parameters = method.trainable()
         self.optimizer = optimizer
+        averaged, published = averaged_names(method, spec), spec.average == "published"
         self.average = {
-            n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            n: torch.zeros_like(
+                p, dtype=p.dtype if published else torch.promote_types(p.dtype, torch.float32)
+            )
             for n, p in self.parameters.items()
             if n in averaged
         }
@@ -65,12 +69,18 @@ class _Progress:
         tensors |= {f"best/{n}": t for n, t in self.best.items()}
         return TrainState(epoch, step, tensors, self.notes)
 
+    def like(self) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """What a snapshot may hold, and the names of what it must hold."""
+        like = {"loss_sum": self.loss_sum}
+        like |= {f"trainable/{n}": p for n, p in self.parameters.items()}
+        like |= {f"average/{n}": t for n, t in self.average.items()}
+        required = frozenset(like)
+        for group in ("momentum", "best"):
+            like |= {f"{group}/{n}": p for n, p in self.parameters.items()}
+        return like, required
+
     def restore(self, state: TrainState) -> None:
-        """Puts a snapshot back."""
-        wanted = {f"trainable/{n}" for n in self.parameters}
-        if missing := sorted(wanted - set(state.tensors)):
-            what = f"the training state lacks {missing[0]!r}"
-            raise RunError(what, do="Delete the run folder and start again.")
+        """Puts a snapshot back that fits `like`."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state.tensors[f"trainable/{name}"])
@@ -114,19 +124,21 @@ def train(
     optimizer = torch.optim.SGD(
         parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
     )
-    at = _Progress(method, optimizer, averaged_names(method, spec))
+    at = _Progress(method, optimizer, spec)
     start_epoch, start_step = 1, 0
-    if (saved := load_state(folder, recipe_digest=digest)) is not None:
+    like, required = at.like()
+    saved = load_state(folder, recipe_digest=digest, like=like, required=required)
+    if saved is not None:
         at.restore(saved)
         start_epoch, start_step = saved.epoch, saved.step
 
     per_epoch = cases.steps(spec.batch_size)
     total = min(spec.epochs * per_epoch, spec.max_steps or spec.epochs * per_epoch)
-    done = (start_epoch - 1) * per_epoch + start_step
+    done = min((start_epoch - 1) * per_epoch + start_step, total)
     seconds, timed = 0.0, 0
     with track("train", total) as progress:
         progress.advance(done)
-        for epoch in range(start_epoch, spec.epochs + 1):
+        for epoch in range(start_epoch, math.ceil(total / per_epoch) + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(spec, epoch)
             first = start_step if epoch == start_epoch else 0
@@ -152,8 +164,6 @@ def train(
                     save_state(folder, at.state(epoch, step + 1), recipe_digest=digest)
             _end_of_epoch(method, val, spec, at, epoch=epoch, steps=last)
             save_state(folder, at.state(epoch + 1, 0), recipe_digest=digest)
-            if done >= total:
-                break
     method.eval()
     if spec.max_steps is None:
         at.adopt({n: v.to(at.parameters[n].dtype) for n, v in at.average.items()})

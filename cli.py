@@ -169,6 +169,81 @@ def cache_layers(file: Path, first: str, second: str, as_json: Json = False) -> 
     _say(rows, as_json, describe_comparison(rows))
 
 
+@cache_app.command("merge")
+def cache_merge(
+    files: Annotated[list[Path], typer.Argument(help="Caches of one data set.")],
+    out: Annotated[Path, typer.Option(help="The sealed cache to make.")],
+    prefer: Annotated[
+        Path | None, typer.Option(help="The file whose entry counts where two differ.")
+    ] = None,
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Joins caches: any order gives the same bytes, and any differing bit is a conflict."""
+    from cache.merging import MergeConflictsError, merge
+
+    try:
+        report = merge(files, out, prefer=prefer, replace=replace)
+    except MergeConflictsError as error:
+        if as_json:
+            typer.echo(json.dumps(error.to_json(), indent=2, sort_keys=True))
+        raise
+    _say(report.to_json(), as_json, report.describe())
+
+
+@cache_app.command("diff")
+def cache_diff(
+    first: Path,
+    second: Path,
+    rtol: Annotated[
+        float | None, typer.Option(help="Of a layer's largest magnitude: so much is no difference.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Says how two caches differ: recipe, entries, texts, and states by layer."""
+    from cache.difference import diff
+
+    found = diff(first, second, rtol)
+    _say(found.to_json(), as_json, found.describe())
+    if not (found.same if rtol is None else found.within(rtol)):
+        raise SystemExit(DIFFERENT)
+
+
+@cache_app.command("slice")
+def cache_slice(
+    file: Path,
+    classes: Annotated[str, typer.Option(help="Class ids, with commas between.")],
+    out: Annotated[Path, typer.Option(help="The sealed cache to make.")],
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Makes a cache of some of the classes."""
+    from cache.slicing import slice_classes
+
+    chosen = [one.strip() for one in classes.split(",")]
+    identity = slice_classes(file, chosen, out, replace=replace)
+    _say({"content_id": identity, "path": str(out)}, as_json, f"{out}  {identity}")
+
+
+@cache_app.command("card")
+def cache_card(file: Path) -> None:
+    """Prints a card in Markdown: what it is, from which model, under which licence."""
+    from cache.card import card
+
+    typer.echo(card(file))
+
+
+@cache_app.command("export")
+def cache_export(
+    file: Path,
+    safetensors: Annotated[Path, typer.Option(help="The safetensors file to make.")],
+) -> None:
+    """Writes every dataset of a cache as a tensor."""
+    from cache.export import export_safetensors
+
+    typer.echo(export_safetensors(file, safetensors))
+
+
 @cache_app.command("import-cilmp")
 def cache_import_cilmp(
     folder: Annotated[Path, typer.Argument(help="llm_representations/<data set> of CILMP.")],

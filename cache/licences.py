@@ -4,13 +4,12 @@ A cache holds what a model computed. Whether that falls under the model's licenc
 a lawyer; this table only says what the licence is and what its text asks of material under it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from cache.recipe import canonical_json
+from cache.joining import texts_of
 
 Kind = Literal[
     "permissive", "copyleft", "custom", "no-derivatives", "non-commercial", "unknown"
@@ -158,33 +157,20 @@ def licence_of(text: str) -> Licence:
     return Licence((text.strip() or "not stated",), "unknown", (READ,))
 
 
-def texts_of(value: Any) -> tuple[str, ...]:
-    """The texts of one entry of provenance: one, or the list that a merge made of several."""
-    text = str(value)
-    if text.startswith("["):
-        try:
-            found = json.loads(text)
-        except ValueError:
-            return (text,)
-        if all(isinstance(one, str) for one in found) and canonical_json(found) == text.encode():
-            return tuple(found)
-    return (text,)
-
-
 def _about_licence(key: str) -> bool:
     return key in {"licence", "license"} or key.endswith(("_licence", "_license"))
 
 
 def licences_of(provenance: Mapping[str, Any]) -> tuple[Licence, ...]:
     """Every licence a cache names, the strictest first; one unknown if it names none."""
-    texts = {t for k, v in provenance.items() if _about_licence(k) for t in texts_of(v)}
+    texts = {t for k, v in provenance.items() if _about_licence(k) for t in texts_of(str(v))}
     found = [licence_of(text) for text in sorted(texts or {""})]
     return tuple(sorted(found, key=lambda one: -STRICTNESS.index(one.kind)))
 
 
 def gate_of(provenance: Mapping[str, Any]) -> str:
     """Whether the page of the source model asks for consent: yes, no, both or not stated."""
-    found = sorted(set(texts_of(provenance.get("model_gated", "not stated"))))
+    found = sorted(set(texts_of(str(provenance.get("model_gated", "not stated")))))
     return " and ".join(found)
 
 
@@ -200,6 +186,6 @@ def describe_licences(provenance: Mapping[str, Any]) -> list[str]:
 
 def notice(content_id: str, provenance: Mapping[str, Any]) -> str:
     """The text of the NOTICE that travels with a cache."""
-    models = [t for key in ("model", "notice") for t in texts_of(provenance.get(key, "")) if t]
+    models = [t for key in ("model", "notice") for t in texts_of(str(provenance.get(key, ""))) if t]
     lines = [f"Knowledge cache {content_id}", *(f"made with: {one}" for one in models)]
     return "\n".join([*lines, "", *describe_licences(provenance), ""])

@@ -99,6 +99,13 @@ def extract(
     except Fp16OverflowError:
         job = prepare(recipe, run, wide=True)
         return _Extraction(job, out, run, wide=True).finish(replace=overwrite)
+    except StorageError:
+        # Another job may have sealed the same work and removed the folder under this one.
+        if parts_folder(out, wide=wide).exists() or not out.exists():
+            raise
+        if (done := finished(job, out, overwrite=True)) is None:
+            raise
+        return done
 
 
 def finished(job: Job, out: Path, *, overwrite: bool) -> ExtractResult | None:

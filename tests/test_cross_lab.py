@@ -111,7 +111,9 @@ def test_the_cross_lab_story(world: SimpleNamespace) -> None:
     ids = {}
     for lab, classes in (("lab-a", CLASSES[4::-1]), ("lab-b", CLASSES[3:])):
         cache = extract(world, lab, classes)
-        pushed = vademecum(cache.parent, "cache", "push", "k.h5", f"{store}/{lab}.h5", "--json")
+        pushed = vademecum(
+            cache.parent, "cache", "push", "k.h5", f"{store}/{lab}.h5", "--json", "--accept-privacy"
+        )
         ids[lab] = json.loads(pushed)["content_id"]
 
     lab = world.folder / "lab-c"

@@ -115,7 +115,6 @@ cli.main()
         ("torch", ["tune", "coop", "--data", "x", "--out", "r"], "tune"),
         ("open_clip", ["eval", "run"], "tune"),
         ("onnx", ["align", "clip-minilm", "--data", "bloodmnist", "--out", "b"], "tune"),
-        ("datasets", ["demo", "--out", "d"], "tune"),
         ("transformers", ["extract", "bloodmnist-demo", "--out", "c.h5"], "extract"),
     ],
 )

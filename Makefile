@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types rules unit gpu-test clean
+.PHONY: demo test lint types rules unit torture gpu-test clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ rules: $(READY)
 
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+torture: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/run.py --json torture.json
 
 gpu-test: $(READY)
 	$(BIN)/python bench/gpu_test.py

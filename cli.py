@@ -107,7 +107,7 @@ def cache_verify(
 ) -> None:
     """Checks every byte and the structure of a cache, and who signed it."""
     from cache.inspect import verify
-    from cache.signing import check_signature, signature_of
+    from cache.sharing.signing import check_signature, signature_of
 
     report = verify(file, expect=expect)
     facts, text = report.to_json(), report.describe()
@@ -122,7 +122,7 @@ def cache_sign(
     file: Path, key: Annotated[Path, typer.Option(help="Your ssh key, or its public half.")]
 ) -> None:
     """Signs the content id with an ssh key; leaves FILE.sig."""
-    from cache.signing import sign
+    from cache.sharing.signing import sign
 
     typer.echo(sign(file, key))
 
@@ -140,7 +140,7 @@ def cache_push(
     as_json: Json = False,
 ) -> None:
     """Verifies, checks licence and texts, uploads, and reads every byte back."""
-    from cache.remote import push
+    from cache.sharing.remote import push
 
     report = push(file, url, accept_licence=accept_licence, accept_privacy=accept_privacy)
     _say(report.to_json(), as_json, report.describe())
@@ -154,7 +154,7 @@ def cache_pull(
     as_json: Json = False,
 ) -> None:
     """Fetches a cache; it gets its name only when every byte was checked. Resumable."""
-    from cache.remote import pull
+    from cache.sharing.remote import pull
 
     report = pull(url, out, expect=expect)
     _say(report.to_json(), as_json, report.describe())
@@ -180,7 +180,7 @@ def cache_merge(
     as_json: Json = False,
 ) -> None:
     """Joins caches: any order gives the same bytes, and any differing bit is a conflict."""
-    from cache.merging import MergeConflictsError, merge
+    from cache.combining.merging import MergeConflictsError, merge
 
     try:
         report = merge(files, out, prefer=prefer, replace=replace)
@@ -201,7 +201,7 @@ def cache_diff(
     as_json: Json = False,
 ) -> None:
     """Says how two caches differ: recipe, entries, texts, and states by layer."""
-    from cache.difference import diff
+    from cache.combining.difference import diff
 
     found = diff(first, second, rtol)
     _say(found.to_json(), as_json, found.describe())
@@ -218,7 +218,7 @@ def cache_slice(
     as_json: Json = False,
 ) -> None:
     """Makes a cache of some of the classes."""
-    from cache.slicing import slice_classes
+    from cache.combining.slicing import slice_classes
 
     chosen = [one.strip() for one in classes.split(",")]
     identity = slice_classes(file, chosen, out, replace=replace)
@@ -228,7 +228,7 @@ def cache_slice(
 @cache_app.command("card")
 def cache_card(file: Path) -> None:
     """Prints a card in Markdown: what it is, from which model, under which licence."""
-    from cache.card import card
+    from cache.sharing.card import card
 
     typer.echo(card(file))
 
@@ -239,7 +239,7 @@ def cache_export(
     safetensors: Annotated[Path, typer.Option(help="The safetensors file to make.")],
 ) -> None:
     """Writes every dataset of a cache as a tensor."""
-    from cache.export import export_safetensors
+    from cache.sharing.export import export_safetensors
 
     typer.echo(export_safetensors(file, safetensors))
 
@@ -259,8 +259,8 @@ def cache_import_cilmp(
     as_json: Json = False,
 ) -> None:
     """Makes a cache of the published code's <class>.pth files, without unpickling them."""
-    from cache.import_cilmp import import_cilmp
-    from cache.importing import Labels, read_class_table
+    from cache.foreign.import_cilmp import import_cilmp
+    from cache.foreign.importing import Labels, read_class_table
 
     labels = Labels(dataset, block, "states", modality, licence, model, first_layer)
     table = None if classes is None else read_class_table(classes)
@@ -279,7 +279,7 @@ def cache_export_cilmp(
     as_json: Json = False,
 ) -> None:
     """Writes the folder of <class>.pth files that the published CILMP code loads."""
-    from cache.export_cilmp import export_cilmp
+    from cache.foreign.export_cilmp import export_cilmp
 
     report = export_cilmp(file, folder, block=block, item=item, dtype=dtype, overwrite=overwrite)
     _say(report.to_json(), as_json, report.describe())
@@ -301,8 +301,8 @@ def cache_import_hdf5(
     as_json: Json = False,
 ) -> None:
     """Makes a cache of a stranger's HDF5 file, read in a process without rights."""
-    from cache.import_hdf5 import import_hdf5
-    from cache.importing import Labels, read_class_table
+    from cache.foreign.import_hdf5 import import_hdf5
+    from cache.foreign.importing import Labels, read_class_table
 
     labels = Labels(dataset, block, kind, modality, licence, model, first_layer)
     table = None if classes is None else read_class_table(classes)
@@ -518,7 +518,9 @@ def main() -> None:
         )
         raise SystemExit(7)
     from cache.errors import VademecumError
+    from cache.signals import unwind_on_signals
 
+    unwind_on_signals()
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:

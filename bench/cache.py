@@ -46,7 +46,7 @@ from cache import (  # noqa: E402
     seal,
     verify,
 )
-from cache.ranges import open_remote  # noqa: E402
+from cache.sharing.ranges import open_remote  # noqa: E402
 
 LAYERS, WIDTH, CLASSES, BATCH = 32, 4096, 16, 32
 ENTRY = LAYERS * WIDTH * 2

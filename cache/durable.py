@@ -8,16 +8,16 @@ import errno
 import hashlib
 import os
 import secrets
-import signal
 import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from cache.errors import StorageError
 from cache.recipe import canonical_json
+from cache.signals import go_on
 
 TEMP = ".tmp-"
 ABANDONED_AFTER = 24 * 3600.0  # seconds; a temp of another machine may be swept after that
@@ -122,7 +122,7 @@ class Draft:
 
         With `replace` an existing file is exchanged in one step: who has it open keeps the old one.
         """
-        _go_on()
+        go_on()
         if replace:
             self.path.replace(target)
         elif not _link(self.path, target):
@@ -170,32 +170,6 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def unwind_on_signals() -> None:
-    """Makes SIGTERM and SIGHUP end the program as control-C does, through every `finally`.
-
-    Batch systems stop a job with SIGTERM; without this its draft stays until the next sweep.
-    Python drops what is raised inside a weak reference's callback, and h5py has many of these;
-    therefore no draft is begun or published after such a signal either.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, _stop)  # nohup ignores SIGHUP, and means it
-
-
-_stopped: list[int] = []
-
-
-def _stop(number: int, _frame: object) -> NoReturn:
-    _stopped.append(number)
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-
-def _go_on() -> None:
-    """Nothing, unless a signal asked this process to end."""
-    if _stopped:
-        _stop(_stopped[0], None)
-
-
 def make_folder(folder: Path) -> None:
     """Makes `folder` and what is missing above it, durably.
 
@@ -219,7 +193,7 @@ def drafting(folder: Path) -> Iterator[Draft]:
     Raises:
         StorageError: the operating system refused something.
     """
-    _go_on()
+    go_on()
     path = folder / unique_name(TEMP)
     with storage_errors(folder):
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from cache.blocks import BlockSpec, ClassRecord
+from cache.combining.joining import recipes_of
 from cache.errors import CacheFormatError, ValueRefusedError
 from cache.header import FORMAT, check_block_name
-from cache.joining import recipes_of
 from cache.packing import Source
 from cache.plain import TEXT_FIELDS, is_token, redact, refuse_depth, refuse_places, strict_json
 from cache.recipe import canonical_json

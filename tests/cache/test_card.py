@@ -5,9 +5,9 @@ import re
 import pytest
 
 from cache import ClassRecord, KnowledgeCache, verify
-from cache.card import card, escaped
+from cache.combining.merging import merge
 from cache.errors import CacheFormatError
-from cache.merging import merge
+from cache.sharing.card import card, escaped
 
 
 def test_a_card_says_what_who_and_how_to_cite(make, sealed):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cache import BlockSpec, ClassRecord, ShardFolder, seal
-from cache.difference import Change, diff
+from cache.combining.difference import Change, diff
 from cache.errors import CacheFormatError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from cache import KnowledgeCache
 from cache.errors import CacheFormatError, CacheMismatchError, MissingExtraError
-from cache.export import export_safetensors
+from cache.sharing.export import export_safetensors
 
 safetensors = pytest.importorskip("safetensors")
 
@@ -36,7 +36,7 @@ def test_every_dataset_is_a_tensor(make, sealed, tmp_path):
 
 def test_the_same_cache_gives_the_same_bytes(sealed, tmp_path):
     code = (
-        "import sys, pathlib; from cache.export import export_safetensors as e\n"
+        "import sys, pathlib; from cache.sharing.export import export_safetensors as e\n"
         "e(*map(pathlib.Path, sys.argv[1:]))"
     )
     found = set()

@@ -11,9 +11,9 @@ import pytest
 
 from cache import BlockSpec, ClassRecord, Entry, KnowledgeCache, ShardFolder, seal
 from cache.errors import CacheMismatchError, MissingKnowledgeError, ValueRefusedError
-from cache.export_cilmp import export_cilmp, pickle_of, pth_bytes
-from cache.import_cilmp import import_cilmp
-from cache.importing import Labels
+from cache.foreign.export_cilmp import export_cilmp, pickle_of, pth_bytes
+from cache.foreign.import_cilmp import import_cilmp
+from cache.foreign.importing import Labels
 
 torch = pytest.importorskip("torch")
 GOLDEN = "ea4f2b0eb2ff78e5cd0f7c74a50053903305cead8e9e62250f7afa09f8f65ba6"
@@ -93,7 +93,7 @@ def test_there_and_back_is_bit_for_bit(make, tmp_path, dtype):
 
 def test_the_same_bytes_in_another_process():
     code = (
-        "import numpy as np, hashlib; from cache.export_cilmp import pth_bytes;"
+        "import numpy as np, hashlib; from cache.foreign.export_cilmp import pth_bytes;"
         "print(hashlib.sha256(pth_bytes(np.arange(12, dtype='<f2').reshape(3, 4))).hexdigest())"
     )
     environment = {"TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"}

@@ -16,10 +16,10 @@ from cache.errors import (
     StorageError,
     ValueRefusedError,
 )
-from cache.export_cilmp import pickle_of, pth_bytes
-from cache.import_cilmp import import_cilmp
-from cache.importing import Labels, Place, read_class_table, slug
-from cache.legacy_pth import read_tensor
+from cache.foreign.export_cilmp import pickle_of, pth_bytes
+from cache.foreign.import_cilmp import import_cilmp
+from cache.foreign.importing import Labels, Place, read_class_table, slug
+from cache.foreign.legacy_pth import read_tensor
 
 torch = pytest.importorskip("torch")
 LABELS = Labels("toy", "layers", modality="endoscopy")

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from h5py import h5d, h5p, h5s, h5t
 
-from cache import KnowledgeCache, sandbox, verify
+from cache import KnowledgeCache, verify
 from cache.errors import CacheError, CacheFormatError, MissingKnowledgeError, ValueRefusedError
-from cache.import_hdf5 import import_hdf5
-from cache.importing import Labels
+from cache.foreign import sandbox
+from cache.foreign.import_hdf5 import import_hdf5
+from cache.foreign.importing import Labels
 
 LABELS = Labels("toy", "layers")
 CANARY = b"canary: root:x:0:0 " * 40
@@ -233,7 +234,7 @@ def test_no_other_file_is_opened_while_a_foreign_one_is_parsed(tmp_path):
     for number, name in enumerate(names):
         paths.append(str(made(tmp_path / f"f{number}.h5", HOSTILE[name][0])))
     code = (
-        "import os, sys; from pathlib import Path; from cache.sandbox import run_limited\n"
+        "import os, sys; from pathlib import Path; from cache.foreign.sandbox import run_limited\n"
         "from cache.errors import CacheFormatError\n"
         "for name in sys.argv[1:]:\n"
         "    try: run_limited('hdf5', Path(name), os.open(name, os.O_RDONLY))\n"

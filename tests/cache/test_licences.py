@@ -2,7 +2,8 @@
 
 import pytest
 
-from cache.licences import (
+from cache.recipe import canonical_json
+from cache.sharing.licences import (
     REFUSED,
     STRICTNESS,
     TABLE,
@@ -12,7 +13,6 @@ from cache.licences import (
     licences_of,
     notice,
 )
-from cache.recipe import canonical_json
 
 KNOWN = {
     "permissive": (

@@ -26,9 +26,9 @@ from hypothesis.stateful import (
 )
 
 from cache import KnowledgeCache, ShardFolder, seal, verify
+from cache.combining.merging import MergeConflictsError, merge
 from cache.durable import TEMP
 from cache.errors import CacheFormatError
-from cache.merging import MergeConflictsError, merge
 
 EXAMPLES = int(os.environ.get("VADEMECUM_EXAMPLES", "200"))
 MEMORY = Path("/dev/shm")  # fsync costs nothing there

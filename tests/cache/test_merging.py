@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache import BlockSpec, ClassRecord, KnowledgeCache, ShardFolder, seal, verify
+from cache.combining.joining import join_provenance, join_recipes, recipes_of, texts_of
+from cache.combining.merging import MergeConflictsError, merge
 from cache.errors import CacheFormatError, CacheMismatchError, RecipeError, StorageError
-from cache.joining import join_provenance, join_recipes, recipes_of, texts_of
-from cache.merging import MergeConflictsError, merge
 from cache.recipe import canonical_json
 
 EXAMPLES = int(os.environ.get("VADEMECUM_EXAMPLES", "200")) // 4
@@ -303,7 +303,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(make, tmp_path, monkeyp
             file.write(b"\x01\x02")
         return report
 
-    monkeypatch.setattr("cache.merging.verify", late)
+    monkeypatch.setattr("cache.combining.merging.verify", late)
     with pytest.raises(CacheFormatError, match="an entry of block embedded changed while it was"):
         merge([a], tmp_path / "m.h5")
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from cache.privacy import RULES, few_classes, lint, lint_cache
+from cache.sharing.privacy import RULES, few_classes, lint, lint_cache
 from cache.store import KnowledgeCache
 
 PLANTED = {

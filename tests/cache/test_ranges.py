@@ -15,7 +15,7 @@ from cache.errors import (
     RecipeError,
     StorageError,
 )
-from cache.ranges import open_remote
+from cache.sharing.ranges import open_remote
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +230,8 @@ def test_what_needs_the_whole_file_says_so(make, sealed):
 
 
 def test_a_huge_claim_is_not_read(make, sealed, monkeypatch):
-    monkeypatch.setattr("cache.ranges.LARGEST_READ", 100)
+    monkeypatch.setattr("cache.sharing.ranges.LARGEST_READ", 100)
     file = sealed.open("rb")
-    monkeypatch.setattr("cache.ranges.FIRST_READ", 100)
+    monkeypatch.setattr("cache.sharing.ranges.FIRST_READ", 100)
     with pytest.raises(CacheFormatError, match="too large to read over ranges; found"):
         open_remote(file)

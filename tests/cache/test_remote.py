@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from cache import remote_file
 from cache.errors import (
     CacheFormatError,
     CacheMismatchError,
@@ -24,8 +23,9 @@ from cache.errors import (
     StorageError,
     ValueRefusedError,
 )
-from cache.remote import pull, push
-from cache.remote_file import LocalFile, remote_at
+from cache.sharing import remote_file
+from cache.sharing.remote import pull, push
+from cache.sharing.remote_file import LocalFile, remote_at
 
 ROOT = Path(__file__).parents[2]
 needs_http = pytest.mark.skipif(
@@ -85,7 +85,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def web(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr("cache.pulling.PAUSE", 0.01)
+    monkeypatch.setattr("cache.sharing.pulling.PAUSE", 0.01)
     with servers.serving() as server:
         server.files["/a/k.h5"] = shared.data
         server.url = f"{server.address}/a/k.h5"
@@ -296,7 +296,7 @@ def test_a_failed_pull_keeps_what_arrived_and_the_next_one_uses_it(
 def test_a_pull_goes_on_after_kill_9(web: Any, shared: Shared, out: Path) -> None:
     web.cuts = [len(shared.data), PARTS]
     web.hold.clear()
-    code = "import sys, pathlib; from cache.remote import pull; "
+    code = "import sys, pathlib; from cache.sharing.remote import pull; "
     code += "pull(sys.argv[1], pathlib.Path(sys.argv[2]))"
     child = subprocess.Popen([sys.executable, "-c", code, web.url, str(out)], cwd=ROOT)
     deadline = time.monotonic() + 60
@@ -420,7 +420,7 @@ def test_what_got_the_name_meanwhile_is_not_replaced(
     def late(*arguments: Any) -> None:
         out.write_bytes(other.data)
 
-    monkeypatch.setattr("cache.pulling._check", late)
+    monkeypatch.setattr("cache.sharing.pulling._check", late)
     with pytest.raises(CacheMismatchError, match="another knowledge cache has this name"):
         pull(web.url, out)
     assert out.read_bytes() == other.data and left(out) == []
@@ -486,8 +486,8 @@ def test_a_cache_goes_to_s3_and_comes_back(
 def test_a_pull_from_s3_goes_on_where_it_stopped(
     bucket: Any, shared: Shared, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cache.pulling.PAUSE", 0.01)
-    monkeypatch.setattr("cache.pulling.CHUNK", PARTS)
+    monkeypatch.setattr("cache.sharing.pulling.PAUSE", 0.01)
+    monkeypatch.setattr("cache.sharing.pulling.CHUNK", PARTS)
     bucket.pipe("lab/cut.h5", shared.data[: 3 * PARTS])
     with pytest.raises(StorageError, match=f"it ended after {3 * PARTS} of"):
         pull("s3://lab/cut.h5", out)
@@ -509,7 +509,7 @@ HUB = """
 import json, sys
 from pathlib import Path
 from cache.errors import VademecumError
-from cache.remote import pull, push
+from cache.sharing.remote import pull, push
 
 file, out, content_id = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 url = "hf://lab/knowledge/caches/k.h5"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import cache as cache_package
-from cache import sandbox
 from cache.errors import CacheFormatError, SystemRefusedError
-from cache.sandbox import run_limited
+from cache.foreign import sandbox
+from cache.foreign.sandbox import run_limited
 
 HOSTILE = """
 import os, resource, signal, socket, sys, time

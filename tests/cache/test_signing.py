@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from cache.errors import CacheFormatError, CacheMismatchError, RecipeError, SystemRefusedError
-from cache.signing import check_signature, message, sign, signature_of
+from cache.sharing.signing import check_signature, message, sign, signature_of
 
 needs_ssh_keygen = pytest.mark.skipif(
     shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed"

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache import KnowledgeCache, ShardFolder, seal, verify
+from cache.combining.merging import merge
+from cache.combining.slicing import slice_classes
 from cache.errors import CacheFormatError, CacheMismatchError, MissingKnowledgeError
-from cache.merging import merge
-from cache.slicing import slice_classes
 
 IDS = ("a-b.c", "basophil", "ig")
 

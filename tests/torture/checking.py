@@ -106,7 +106,7 @@ def final_ids(scratch: Path) -> dict[str, str]:
         folder.commit(batch, batch_shape=(1,))
     found = {"seal": seal(folder, scratch / "final.h5")}
     if MERGE:
-        from cache.merging import merge
+        from cache.combining.merging import merge
 
         (scratch / "m").mkdir()
         SCENES["merge"].prepare(scratch / "m")
@@ -184,7 +184,7 @@ class Checker:
             self._clean(root, label, verdict)
 
     def _merged(self, root: Path, acks, label: str, verdict: Verdict, *, go_on: bool) -> None:
-        from cache.merging import merge
+        from cache.combining.merging import merge
 
         for name, raw in self.inputs.items():
             changed = (root / name).read_bytes() != raw

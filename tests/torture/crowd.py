@@ -12,9 +12,9 @@ from kills import said
 from workload import ALL, BATCHES, header, make
 
 from cache import KnowledgeCache, ShardFolder, seal
+from cache.combining.merging import merge
 from cache.durable import TEMP
 from cache.errors import StorageError, VademecumError
-from cache.merging import merge
 
 ENTRIES = 240
 

@@ -17,7 +17,8 @@ from checking import Checker, Verdict, final_ids, lookup, same
 from workload import SCENES, header, make
 
 from cache import ShardFolder
-from cache.durable import TEMP, unwind_on_signals
+from cache.durable import TEMP
+from cache.signals import unwind_on_signals
 
 GENTLE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LIMIT = 2.0  # seconds to exit after a gentle signal

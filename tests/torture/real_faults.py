@@ -127,7 +127,7 @@ def file_size(root: Path) -> dict:
     lines = [_refused(lambda: folder.commit(BATCHES[1], batch_shape=(2,)))]
     lines.append(_refused(lambda: seal(folder, root / "k.h5")))
     if MERGE:
-        from cache.merging import merge
+        from cache.combining.merging import merge
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         other = ShardFolder(root / "o.parts", header=header())
@@ -178,7 +178,7 @@ def long_name(root: Path) -> dict:
     lines = [_refused(lambda: seal(folder, root / ("k" * 300 + ".h5")))]
     lines.append(_refused(lambda: ShardFolder(root / ("k" * 300), header=header())))
     if MERGE:
-        from cache.merging import merge
+        from cache.combining.merging import merge
 
         folder.commit(BATCHES[1], batch_shape=(2,))
         other = ShardFolder(root / "o.parts", header=header())

@@ -157,7 +157,7 @@ def _prepare_remerge(root: Path) -> None:
 
 
 def _merge(root: Path, **how) -> None:
-    from cache.merging import merge
+    from cache.combining.merging import merge
 
     merge([root / "a.h5", root / "b.h5"], root / "k.h5", **how)
     say("sealed")

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from cache.durable import drafting, refuse_source_folder, write_atomic
 from cache.errors import CacheFormatError, MissingExtraError, RecipeError, StorageError
-from cache.remote_errors import network_errors, remote_errors
+from cache.sharing.remote_errors import network_errors, remote_errors
 
 CHUNK = 8 << 20
 INSTALL = "Install it with: pip install 'vademecum[share]'."

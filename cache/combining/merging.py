@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from cache.blocks import BlockSpec, ClassRecord
+from cache.combining.gathering import OpenBlock, Row, gathered
+from cache.combining.joining import join_provenance, join_recipes
 from cache.errors import CacheMismatchError, RecipeError
 from cache.extraction import ExtractionHeader
-from cache.gathering import OpenBlock, Row, gathered
 from cache.inspect import safe_text, verify
-from cache.joining import join_provenance, join_recipes
 from cache.packing import Source
 from cache.plain import first_difference
 from cache.publishing import check_target, write_sealed

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from cache.joining import texts_of
+from cache.combining.joining import texts_of
 
 Kind = Literal[
     "permissive", "copyleft", "custom", "no-derivatives", "non-commercial", "unknown"

@@ -8,13 +8,13 @@ from typing import Any, Literal
 from cache.durable import storage_errors
 from cache.errors import CacheFormatError, CacheMismatchError, ValueRefusedError
 from cache.inspect import safe_text, verify
-from cache.licences import REFUSED, describe_licences, gate_of, licences_of, notice
-from cache.privacy import Finding, describe_findings, few_classes, lint_cache
 from cache.progress import track
-from cache.pulling import mebibytes, remote_header
-from cache.remote_file import CHUNK, Remote, remote_at
 from cache.sealed import is_sealed
-from cache.signing import signature_of
+from cache.sharing.licences import REFUSED, describe_licences, gate_of, licences_of, notice
+from cache.sharing.privacy import Finding, describe_findings, few_classes, lint_cache
+from cache.sharing.pulling import mebibytes, remote_header
+from cache.sharing.remote_file import CHUNK, Remote, remote_at
+from cache.sharing.signing import signature_of
 from cache.store import KnowledgeCache
 from cache.user_folder import user_cache
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cache.combining.joining import recipes_of, texts_of
 from cache.inspect import safe_text, verify
-from cache.joining import recipes_of, texts_of
-from cache.licences import describe_licences
 from cache.recipe import canonical_json
+from cache.sharing.licences import describe_licences
 from cache.store import Block, KnowledgeCache
 
 LONGEST = 500  # characters of a foreign text

@@ -1,4 +1,4 @@
-"""The child of `cache.sandbox`: limits itself, then runs one function on standard input.
+"""The child of `cache.foreign.sandbox`: limits itself, then runs one function on standard input.
 
 A script of its own, so that nothing of ours is imported before the limits are set. Standard input
 is the foreign file, already open; standard output takes `READY`, then one line of JSON.

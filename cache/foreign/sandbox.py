@@ -21,17 +21,18 @@ from typing import Any
 
 from cache.durable import storage_errors
 from cache.errors import CacheFormatError, SystemRefusedError
-from cache.sandbox_child import READY
+from cache.foreign.sandbox_child import READY
 
 TASKS = {
-    "tensor": ("cache.legacy_pth", "read_tensor"),
-    "hdf5": ("cache.foreign_hdf5", "walk"),
+    "tensor": ("cache.foreign.legacy_pth", "read_tensor"),
+    "hdf5": ("cache.foreign.foreign_hdf5", "walk"),
 }
 LIMITS = {"AS": 2 << 30, "CPU": 10, "FSIZE": 0, "NPROC": 0, "CORE": 0}
 SECONDS = 30.0  # on the clock, the start of Python included
 LARGEST_ANSWER = 4 << 20
 
 _HERE = Path(__file__).resolve().parent
+_HOME = _HERE.parents[1]  # where the package `cache` lies
 _PATHS: tuple[str, ...] = ()  # more folders with modules for the child; for tests
 _KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # a Python may need them to start
 _SET = {
@@ -123,7 +124,7 @@ def run_limited(task: str, path: Path, fd: int, arguments: Mapping[str, Any] | N
         "function": function,
         "arguments": dict(arguments or {}),
         "limits": LIMITS,
-        "home": str(_HERE.parent),
+        "home": str(_HOME),
         "paths": _PATHS,
     }
     with storage_errors(path), tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ import numpy as np
 from cache.blocks import ClassRecord
 from cache.durable import storage_errors
 from cache.errors import CacheFormatError, MissingKnowledgeError, ValueRefusedError
-from cache.importing import (
+from cache.foreign.importing import (
     ImportReport,
     Labels,
     Piece,
@@ -20,7 +20,7 @@ from cache.importing import (
     seal_import,
     slug,
 )
-from cache.sandbox import run_limited
+from cache.foreign.sandbox import run_limited
 
 SUFFIX = ".pth"
 

@@ -19,11 +19,11 @@ from cache.errors import CacheFormatError, CacheMismatchError, StorageError
 from cache.header import PREFIX, Header, check_expected
 from cache.header_reader import parse_header, prefix_length
 from cache.inspect import verify
-from cache.partial import Partial, partial_of
 from cache.progress import Track, track
-from cache.remote_errors import BrokenConnectionError
-from cache.remote_file import CHUNK, Remote, remote_at
 from cache.sealed import SealedFile
+from cache.sharing.partial import Partial, partial_of
+from cache.sharing.remote_errors import BrokenConnectionError
+from cache.sharing.remote_file import CHUNK, Remote, remote_at
 
 ATTEMPTS = 3  # in a row without one new byte
 PAUSE = 0.5  # seconds before the second, doubled after each

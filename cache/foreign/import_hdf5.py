@@ -9,7 +9,7 @@ from typing import Any
 
 from cache.blocks import ClassRecord
 from cache.errors import CacheFormatError, MissingKnowledgeError, ValueRefusedError
-from cache.importing import (
+from cache.foreign.importing import (
     ImportReport,
     Labels,
     Piece,
@@ -19,8 +19,8 @@ from cache.importing import (
     seal_import,
     slug,
 )
+from cache.foreign.sandbox import run_limited
 from cache.recipe import digest_of
-from cache.sandbox import run_limited
 
 RANKS = {"states": (2, 3), "embeddings": (2,)}
 

@@ -1,8 +1,8 @@
 """Where the numbers of a tensor lie in a `.pth` file.
 
 `torch.save` writes a zip of stored members: `data.pkl` says what the tensor looks like, `data/0`
-holds its numbers. `read_tensor` runs in the child of `cache.sandbox`, `TensorPlace` is what the
-parent makes of its answer.
+holds its numbers. `read_tensor` runs in the child of `cache.foreign.sandbox`, `TensorPlace` is what
+the parent makes of its answer.
 """
 
 import codecs
@@ -13,7 +13,7 @@ import zipfile
 from typing import Any
 
 from cache.errors import CacheFormatError
-from cache.legacy_pickle import ITEMSIZE, LARGEST_PICKLE, Machine, Tensor, refuse
+from cache.foreign.legacy_pickle import ITEMSIZE, LARGEST_PICKLE, Machine, Tensor, refuse
 
 MOST_MEMBERS = 16
 READ_STEP = 1 << 20

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from cache.blocks import KINDS, BlockSpec
-from cache.gathering import OpenBlock, Row
+from cache.combining.gathering import OpenBlock, Row
+from cache.combining.joining import classes_of, recipes_of
+from cache.combining.layerwise import LayerDifference, LayerSums
 from cache.inspect import safe_text, verify
-from cache.joining import classes_of, recipes_of
-from cache.layerwise import LayerDifference, LayerSums
 from cache.recipe import canonical_json, digest_of
 from cache.store import KnowledgeCache
 

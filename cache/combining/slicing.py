@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cache.combining.gathering import OpenBlock, gathered
+from cache.combining.joining import as_one, classes_of, recipes_of, with_classes
 from cache.errors import MissingKnowledgeError
 from cache.extraction import ExtractionHeader
-from cache.gathering import OpenBlock, gathered
 from cache.inspect import verify
-from cache.joining import as_one, classes_of, recipes_of, with_classes
 from cache.publishing import check_target, write_sealed
 from cache.store import KnowledgeCache
 

@@ -1,6 +1,6 @@
 """A walk through a foreign HDF5 file that allows a few things and refuses all others.
 
-Runs in the child of `cache.sandbox` only. The order of the checks matters: what could make the
+Runs in the child of `cache.foreign.sandbox` only. The order of checks matters: what could make the
 library open another file, follow a link or fill memory is asked for before anything else, and the
 numbers themselves are never read here: only where they lie.
 """
@@ -14,7 +14,7 @@ import h5py
 from h5py import h5d, h5l, h5o, h5s, h5t
 
 from cache.errors import CacheFormatError
-from cache.legacy_pickle import refuse
+from cache.foreign.legacy_pickle import refuse
 
 MOST_OBJECTS = 4096
 MOST_ATTRIBUTES = 64  # not one is read

@@ -19,10 +19,10 @@ from cache.blocks import KINDS
 from cache.errors import CacheFormatError, StorageError
 from cache.header import PREFIX, Extent, Header, check_expected
 from cache.header_reader import parse_header, prefix_length
-from cache.http_ranges import HttpRanges
-from cache.remote_errors import remote_errors
-from cache.remote_file import HttpFile, remote_at
 from cache.sealed import FIRST_READ, SealedFile, about, dtype_of
+from cache.sharing.http_ranges import HttpRanges
+from cache.sharing.remote_errors import remote_errors
+from cache.sharing.remote_file import HttpFile, remote_at
 from cache.store import KnowledgeCache, check_kind
 
 BRIDGED = 1 << 17  # bytes between two datasets that cost less than another read

@@ -1,0 +1,1 @@
+"""Several caches: merge, diff, slice."""

@@ -1,0 +1,1 @@
+"""Giving caches away and getting them: push, pull, ranges, licences, privacy, signatures."""

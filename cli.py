@@ -361,7 +361,9 @@ def tune(
     knowledge: Annotated[Path | None, typer.Option(help="A sealed knowledge cache.")] = None,
     overrides: Overrides = None,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace a run of another recipe.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace an earlier run, its sample lists and evaluations.")
+    ] = False,
     seeds: Annotated[str | None, typer.Option(help="A run for each: 1-20,30.")] = None,
     grid: Annotated[
         Optional[list[str]],  # noqa: UP045

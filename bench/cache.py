@@ -36,7 +36,7 @@ from safetensors.numpy import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cache import (  # noqa: E402
+from cache import (
     BlockSpec,
     ClassRecord,
     Entry,
@@ -46,7 +46,7 @@ from cache import (  # noqa: E402
     seal,
     verify,
 )
-from cache.sharing.ranges import open_remote  # noqa: E402
+from cache.sharing.ranges import open_remote
 
 LAYERS, WIDTH, CLASSES, BATCH = 32, 4096, 16, 32
 ENTRY = LAYERS * WIDTH * 2

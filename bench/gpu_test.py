@@ -16,7 +16,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # beside this lies a `cache.py`
 
 ROWS = (
-    "extract nf4", "extract bf16", "resume (nothing missing)", "verify", "one CILMP epoch",
+    "extract nf4", "extract bf16", "resume after one unit", "verify", "one CILMP epoch",
 )  # fmt: skip
 CLASSES = ("eosinophil", "monocyte", "platelet")
 
@@ -71,6 +71,30 @@ def recipe_for(folder: Path, quantisation: str) -> Any:
     return validate(ExtractRecipe, data, where="gpu-test")
 
 
+def interrupted(recipe: Any, out: Path, settings: Any) -> None:
+    """An extraction that the user stops when its first unit is committed."""
+    from knowledge_extract import extract
+    from knowledge_extract.engine import Engine
+
+    real, done = Engine.entries, []
+
+    def entries(self: Any, unit: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(unit)
+        return real(self, unit)
+
+    Engine.entries = entries  # type: ignore[method-assign]
+    try:
+        extract(recipe, out, settings)
+    except KeyboardInterrupt:
+        return
+    finally:
+        Engine.entries = real  # type: ignore[method-assign]
+    message = "the extraction was over before it could be interrupted"
+    raise RuntimeError(message)
+
+
 def toy_images(folder: Path) -> Path:
     """A few coloured squares per class and split."""
     import numpy as np
@@ -111,7 +135,7 @@ def measure(layers: int, width: int, device: str) -> list[dict[str, Any]]:
 
     on_gpu = device == "cuda"
     if on_gpu and not torch.cuda.is_available():
-        return [{"what": what, "seconds": None, "peak_gb": None} for what in ROWS]
+        return [{"what": what, "seconds": None, "peak_gb": None, "note": ""} for what in ROWS]
     from cache.inspect import verify
     from cache.recipe import validate
     from knowledge_extract import RunSettings, extract
@@ -119,16 +143,18 @@ def measure(layers: int, width: int, device: str) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
 
-    def timed(what: str, work: Any) -> None:
+    def timed(what: str, work: Any) -> Any:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        work()
+        result = work()
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-        found.append({"what": what, "seconds": round(seconds, 2), "peak_gb": round(peak, 2)})
+        row = {"what": what, "seconds": round(seconds, 2), "peak_gb": round(peak, 2), "note": ""}
+        found.append(row)
+        return result
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -137,7 +163,13 @@ def measure(layers: int, width: int, device: str) -> list[dict[str, Any]]:
         nf4, bf16 = folder / "nf4.h5", folder / "bf16.h5"
         timed(ROWS[0], lambda: extract(recipe_for(model, "nf4"), nf4, settings))
         timed(ROWS[1], lambda: extract(recipe_for(model, "none"), bf16, settings))
-        timed(ROWS[2], lambda: extract(recipe_for(model, "nf4"), nf4, settings))
+        small, halfway = RunSettings(device=device, batch_size=2), folder / "halfway.h5"
+        interrupted(recipe_for(model, "nf4"), halfway, small)
+        kept = timed(ROWS[2], lambda: extract(recipe_for(model, "nf4"), halfway, small))
+        found[-1]["note"] = f"{kept.reused} entries kept, {kept.computed} computed"
+        if not kept.reused or not kept.computed:
+            message = "nothing was resumed"
+            raise RuntimeError(message)
         timed(ROWS[3], lambda: verify(nf4))
         recipe = validate(
             TuneRecipe,
@@ -171,7 +203,9 @@ def main() -> None:
     for row in rows:
         shown = "not measured (no CUDA device)"
         if row["seconds"] is not None:
-            shown = f"{row['seconds']:8.2f} s  peak {row['peak_gb']:6.2f} GB"
+            shown = (
+                f"{row['seconds']:8.2f} s  peak {row['peak_gb']:6.2f} GB  {row['note']}".rstrip()
+            )
         print(f"{row['what']:28}{shown}")
     print(json.dumps(rows))
 

@@ -31,6 +31,7 @@ _CAUSES = {
     errno.EPERM: ("not permitted", "Choose another folder or change its permissions."),
     errno.EROFS: ("the file system is read-only", "Choose another folder."),
     errno.ENOENT: ("no such folder", "Create it first."),
+    errno.EEXIST: ("a file stands where a folder should be", "Choose another name."),
     errno.ENOTDIR: ("a part of the path is not a folder", "Check the path."),
     errno.EISDIR: ("is a folder", "Name a file."),
     errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one."),

@@ -23,9 +23,10 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
+from cache.durable import storage_errors
 from cache.errors import RecipeError, RunError
 from cache.recipe import RecipePart
-from cache.user_folder import private_temporary, publish, storage_errors
+from cache.user_folder import private_temporary, publish
 from prompt_tune.alignment_record import (
     RECORD,
     AlignedClass,

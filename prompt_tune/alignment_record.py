@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from cache.errors import DataError, ModelError, RecipeError
 from cache.recipe import RecipePart, digest_of, validate
 from prompt_tune.data.few_shot import SampleList
@@ -45,6 +47,15 @@ class AlignmentRecord(RecipePart):
     train_accuracy: float
     versions: dict[str, str]
 
+    @model_validator(mode="after")
+    def _belong_together(self) -> "AlignmentRecord":
+        listed = tuple(c.id for c in self.classes)
+        known = all(label < len(listed) for label in self.samples.labels)
+        if len(self.ids) != len(self.samples) or self.samples.classes != listed or not known:
+            what = "images, ids and classes do not belong together"
+            raise ValueError(what)
+        return self
+
     @property
     def digest(self) -> str:
         """What enters the fingerprint of the aligned backbone."""
@@ -68,7 +79,9 @@ class AlignmentRecord(RecipePart):
 
         Args:
             digests: pixel digests of held-out images.
-            class_ids: held-out classes, such as the novel ones of base-to-novel.
+            class_ids: held-out classes. A run does not know that a class is held out: its recipe's
+                `classes` are those it has, not those it will never have. Who does base-to-novel
+                names the novel ones here, or aligns with the base classes alone.
 
         Raises:
             DataError: it saw one; the first is named.
@@ -83,6 +96,33 @@ class AlignmentRecord(RecipePart):
             if digest in seen:
                 what = f"alignment saw a held-out image, as {seen[digest]}"
                 raise DataError(what, where=RECORD, found=f"pixels {digest[:16]}…", do=do)
+
+    def check_within(self, digests: Sequence[str], *, dataset: str, classes: Sequence[str]) -> None:
+        """Nothing, if alignment saw no image of these classes but these.
+
+        Otherwise a run on K images per class would not be a K-shot run. Classes that the run does
+        not have are left aside: a backbone aligned on base classes serves a run on novel ones,
+        which is what base-to-novel measures; see `check_disjoint`. So is another data set.
+
+        Args:
+            digests: pixel digests of the images the run trains on.
+            dataset: id of the run's data set.
+            classes: ids of the run's classes.
+
+        Raises:
+            DataError: it saw another; the first is named.
+        """
+        if dataset != self.dataset:
+            return
+        allowed, listed = (
+            set(digests),
+            zip(self.samples.digests, self.samples.labels, self.ids, strict=True),
+        )
+        for digest, label, id_ in listed:
+            if self.samples.classes[label] in classes and digest not in allowed:
+                what = "alignment saw an image that this run does not train on"
+                do = "Align with the shots, seed and classes of the run, or with fewer shots."
+                raise DataError(what, where=RECORD, found=id_, do=do)
 
     def check_weights(self, digest: str) -> None:
         """Nothing, if the weights are those that alignment left.

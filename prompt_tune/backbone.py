@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cache.errors import RecipeError
 from cache.recipe import RecipePart, digest_of
+from prompt_tune.alignment_record import RECORD, AlignmentRecord, alignment_record
 from prompt_tune.open_clip_files import Source, arch_source, build, folder_source, hub_source
 from prompt_tune.preprocess import Preprocess
 from prompt_tune.towers import ImageTower, TextTower, image_tower, text_tower
@@ -51,9 +52,10 @@ class BackboneSpec(RecipePart):
     """An open_clip architecture, with its weights file in `weights`."""
     weights: str | None = None
     folder: str | None = None
-    """A folder with `open_clip_config.json`, weights and tokenizer."""
+    """A folder with `open_clip_config.json`, weights and tokenizer. One that `vademecum align` made
+    counts as aligned here too."""
     aligned: str | None = None
-    """A folder made by `vademecum align`."""
+    """A folder made by `vademecum align`; another one is refused."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "BackboneSpec":
@@ -74,6 +76,18 @@ class BackboneSpec(RecipePart):
             raise RecipeError(what, where="backbone.revision", found=f"with {given[0]}")
         return self
 
+    @property
+    def path(self) -> Path | None:
+        """The file or folder it comes from; None for a hub model."""
+        place = self.weights or self.folder or self.aligned
+        return None if place is None else Path(place).expanduser()
+
+    def found_at(self, path: str) -> "BackboneSpec":
+        """The same backbone where its file or folder is now."""
+        places = ("weights", "folder", "aligned")
+        key = next(name for name in places if getattr(self, name) is not None)
+        return self.model_copy(update={key: path})
+
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
@@ -89,7 +103,7 @@ class Backbone:
         image_fingerprint: over the image tower and its preprocessing alone.
         notes: what a reader of a result must know about it.
         config: the open_clip configuration, without paths.
-        alignment: digest of what alignment saw, empty for a backbone that was not aligned.
+        alignment: what alignment saw; None for a backbone that was not aligned.
     """
 
     name: str
@@ -104,7 +118,7 @@ class Backbone:
     embed_dim: int
     notes: dict[str, str]
     config: dict[str, Any] = field(repr=False)
-    alignment: str = ""
+    alignment: AlignmentRecord | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -116,7 +130,7 @@ class Backbone:
         config: dict[str, Any],
         preprocess: Preprocess,
         notes: dict[str, str],
-        alignment: str = "",
+        alignment: AlignmentRecord | None = None,
         device: str = "cpu",
     ) -> Self:
         """A backbone of an open_clip model, which it freezes and moves to `device`.
@@ -141,7 +155,7 @@ class Backbone:
             "weights": weights_digest(rest),
             "config": config | {"text_model": _hf_settings(model)},
             "tokenizer": tokenizer_digest(tokenizer),
-            "alignment": alignment,
+            "alignment": "" if alignment is None else alignment.digest,
         }
         model = model.to(device)
         scale: Any = model.logit_scale
@@ -226,6 +240,14 @@ def _source(spec: BackboneSpec) -> Source:
     return folder_source(Path(spec.folder or spec.aligned or "").expanduser())
 
 
+def _alignment(spec: BackboneSpec) -> AlignmentRecord | None:
+    """The record of an aligned folder, by whichever key the recipe names it."""
+    if spec.aligned is not None:
+        return alignment_record(Path(spec.aligned).expanduser())
+    folder = Path(spec.folder).expanduser() if spec.folder is not None else None
+    return alignment_record(folder) if folder and (folder / RECORD).exists() else None
+
+
 def load_backbone(spec: BackboneSpec, *, device: str = "cpu") -> Backbone:
     """The backbone a recipe names, frozen, in fp32, ready on `device`.
 
@@ -233,15 +255,11 @@ def load_backbone(spec: BackboneSpec, *, device: str = "cpu") -> Backbone:
         ModelError: absent, gated, damaged, of unknown architecture, or tensors that do not fit.
     """
     source = _source(spec)
-    alignment, notes = "", source.notes
-    if spec.aligned is not None:
-        from prompt_tune.alignment_record import alignment_record
-
-        record = alignment_record(Path(spec.aligned).expanduser())
-        alignment, notes = record.digest, {**notes, "alignment": record.describe()}
+    record, notes = _alignment(spec), source.notes
     model, tokenizer, preprocess = build(source)
-    if spec.aligned is not None:
+    if record is not None:
         record.check_weights(weights_digest(model.state_dict().items()))
+        notes = {**notes, "alignment": record.describe()}
     return Backbone.of(
         model,
         tokenizer,
@@ -249,6 +267,6 @@ def load_backbone(spec: BackboneSpec, *, device: str = "cpu") -> Backbone:
         config=source.config,
         preprocess=preprocess,
         notes=notes,
-        alignment=alignment,
+        alignment=record,
         device=device,
     )

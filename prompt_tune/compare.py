@@ -1,17 +1,17 @@
 """One table and one figure of several evaluated runs."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.durable import write_atomic
+from cache.durable import storage_errors, write_atomic
 from cache.errors import RunError
 from prompt_tune import figures
-from prompt_tune.checkpoint import read_run
+from prompt_tune.checkpoint import read_json, read_run
 from prompt_tune.metrics import constant_guess
 from prompt_tune.predictions import load_predictions
 from prompt_tune.report import Row, interval_of, table
+from prompt_tune.run_folder import is_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ def run_label(run: dict[str, Any]) -> str:
             label += ", raw"
     if method.get("condition") == "none":
         label += ", no image condition"
+    if method["name"] == "zero-shot" and "alignment" in run["backbone"]["notes"]:
+        label += ", aligned"  # it saw images of these classes
     if run.get("smoke"):
         label += ", smoke run"
     return label
@@ -50,52 +52,54 @@ def run_label(run: dict[str, Any]) -> str:
 def _evaluated(folder: Path, split: str) -> dict[str, Any]:
     path = folder / "eval" / split / "metrics.json"
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError as error:
         there = sorted(p.parent.name for p in folder.glob("eval/*/metrics.json"))
         what = f"the run was not evaluated on {split!r}"
         found = ", ".join(there) or "no evaluation"
         raise RunError(what, where=folder, found=found, do="Run `vademecum eval` first.") from error
-    except ValueError as error:
-        raise RunError("damaged metrics.json", where=path) from error
-    return result
+
+
+def _row(folder: Path, run: dict[str, Any], result: dict[str, Any]) -> tuple[Row, dict[str, Any]]:
+    intervals = {k: interval_of(v) for k, v in result["intervals"]["metrics"].items()}
+    step, scalars = run["training"].get("step_seconds"), int(run["parameters"]["scalars"])
+    label, smoke = run_label(run), bool(run.get("smoke"))
+    seconds = None if step is None else float(step)
+    row = Row(label, intervals, scalars, seconds, "a smoke run, not a result" if smoke else "")
+    facts = {
+        "run": folder.name,
+        "label": label,
+        "metrics": {k: list(v) for k, v in intervals.items()},
+        "parameters": scalars,
+        "step_seconds": step,
+        "smoke": smoke,
+    }
+    return row, facts
 
 
 def compare_runs(folders: list[Path], *, split: str, out: Path | None = None) -> Comparison:
     """A table of runs that were evaluated on the same images; leaves `table.md` and `methods.png`.
 
     Raises:
-        RunError: a run was not evaluated on `split`, or the runs saw different images.
+        RunError: a run was not evaluated on `split`, or not with the weights it has now, or the
+            runs saw different images.
     """
     rows, plain, seen = [], [], {}
     for folder in folders:
         run, result = read_run(folder), _evaluated(folder, split)
-        seen[result["data"]] = folder
+        try:
+            seen[str(result["data"])] = folder
+            row, facts = _row(folder, run, result)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise RunError("damaged run.json or metrics.json", where=folder) from error
+        if not is_of(result, run):
+            what = f"eval/{split}/metrics.json is of an earlier run or of other weights"
+            raise RunError(what, where=folder, do="Run `vademecum eval` again.")
         if len(seen) > 1:
             what = "the runs were evaluated on different images"
             raise RunError(what, where=split, found=" and ".join(map(str, seen.values())))
-        intervals = {k: interval_of(v) for k, v in result["intervals"]["metrics"].items()}
-        step = run["training"].get("step_seconds")
-        label = run_label(run)
-        rows.append(
-            Row(
-                label,
-                intervals,
-                int(run["parameters"]["scalars"]),
-                None if step is None else float(step),
-                "a smoke run, not a result" if run.get("smoke") else "",
-            )
-        )
-        plain.append(
-            {
-                "run": folder.name,
-                "label": label,
-                "metrics": {k: list(v) for k, v in intervals.items()},
-                "parameters": run["parameters"]["scalars"],
-                "step_seconds": step,
-                "smoke": bool(run.get("smoke")),
-            }
-        )
+        rows.append(row)
+        plain.append(facts)
     if not folders:
         raise RunError("no runs to compare")
     predictions = load_predictions(folders[0] / "eval" / split / "predictions.csv")
@@ -107,7 +111,8 @@ def compare_runs(folders: list[Path], *, split: str, out: Path | None = None) ->
         f"the best constant answer has accuracy {guess.accuracy:.3f}."
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        with storage_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
         markdown = table(rows, style="markdown") + f"\n\n{note}\n"
         write_atomic(out / "table.md", markdown.encode())
         figures.methods(

@@ -1,24 +1,37 @@
 """`evaluate`: metrics of a finished run on one split, with intervals, predictions and figures."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cache.durable import storage_errors
 from cache.errors import RunError
 from cache.progress import track
 from cache.recipe import validate
 from prompt_tune import figures
-from prompt_tune.alignment_record import alignment_record
+from prompt_tune.backbone import BackboneSpec
 from prompt_tune.cases import Cases
-from prompt_tune.checkpoint import WEIGHTS, load_weights, read_run, write_json
+from prompt_tune.checkpoint import RUN, WEIGHTS, load_weights, read_json, read_run, write_json
 from prompt_tune.data.few_shot import SampleList, stratified_part
+from prompt_tune.data.images import ImageSplit
 from prompt_tune.method import Method
 from prompt_tune.metrics import evaluate as measure
 from prompt_tune.predictions import Predictions, save_predictions
 from prompt_tune.published import averaged_backbone
 from prompt_tune.recipe import TuneRecipe
+from prompt_tune.run_folder import (
+    CONFUSION,
+    EVALUATIONS,
+    METRICS,
+    PART,
+    PREDICTIONS,
+    RELIABILITY,
+    SAMPLES,
+    headline,
+)
 from prompt_tune.setup import Setup, binding_digest, prepare, split_of
 from prompt_tune.shelf import Shelf
 from prompt_tune.statistics import with_intervals
@@ -62,9 +75,10 @@ def load_run(
         recipe,
         data=data or local["data"],
         knowledge=knowledge,
-        samples=folder / "samples",
+        samples=folder / SAMPLES,
         device=device,
         shelf=shelf,
+        backbone=_found(recipe.backbone, local.get("backbone")),
     )
     if binding_digest(recipe, setup.bindings) != run["digest"]:
         differs = [
@@ -75,14 +89,61 @@ def load_run(
         what = f"the run was made with another {differs[0]}"
         raise RunError(what, where=folder, do="Pass the data and cache of the run.")
     load_weights(folder / WEIGHTS, setup.method.trainable())
+    _check_weights(folder, run.get("weights"))
     if recipe.train.average == "published":
         setup = averaged_backbone(setup)
     return setup
 
 
+def _found(spec: BackboneSpec, local: object) -> BackboneSpec:
+    """The backbone where the recipe says, or else where it was when the run was made."""
+    if spec.path is None or spec.path.exists() or not isinstance(local, str):
+        return spec
+    return spec.found_at(local)
+
+
+def _check_weights(folder: Path, digest: object) -> None:
+    """Nothing, if a loaded weights file is the one the run left."""
+    found = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    if digest is not None and digest != found:
+        what = "the weights are not those that the run left"
+        wanted = f"{ascii(digest)[1:17]}…"
+        raise RunError(what, where=folder / WEIGHTS, found=f"{found[:16]}…", wanted=wanted)
+
+
 def metrics_file(folder: Path, split: str, part: int | None) -> Path:
     """Where the metrics of a run on a split, or a part of it, lie."""
-    return folder / "eval" / (split if part is None else f"{split}-{part}") / "metrics.json"
+    return folder / EVALUATIONS / (split if part is None else f"{split}-{part}") / METRICS
+
+
+def _part_of(
+    images: ImageSplit, part: int | None, place: Path
+) -> tuple[ImageSplit, SampleList | None]:
+    """A split or its stratified part, and the part's list where that is not saved yet."""
+    if part is None or part >= len(images):
+        return images, None
+    file = place / PART
+    if file.is_file():
+        return SampleList.load(file).apply(images), None
+    chosen = stratified_part(images, part, PART_SEED)
+    return chosen.apply(images), chosen
+
+
+def _refuse_other_images(place: Path, images: ImageSplit) -> None:
+    """Nothing, if the evaluation in `place` was of these images, or there is none.
+
+    Raises:
+        RunError: it was of others.
+    """
+    try:
+        known = read_json(place / METRICS).get("data")
+    except FileNotFoundError:
+        return
+    if known != images.digest:
+        what = "the run was evaluated on other images here"
+        found, wanted = f"{images.digest[:16]}…", f"{ascii(known)[1:17]}…"
+        do = "Remove this folder to evaluate on these."
+        raise RunError(what, where=place, found=found, wanted=wanted, do=do)
 
 
 def predict(method: Method, cases: Cases, size: int) -> torch.Tensor:
@@ -110,36 +171,35 @@ def evaluate(
     """Evaluates a run on a split, or on a fixed stratified part of it.
 
     Leaves `eval/<split>/` with `predictions.csv`, `metrics.json`, `confusion.png` and
-    `reliability.png`; metrics can be recomputed from the predictions without the model.
+    `reliability.png`; metrics can be recomputed from the predictions without the model. The
+    headline numbers go to `run.json`.
+
+    That folder belongs to the images it was made with: as long as it is there, changed images are
+    refused, so that a run has one result on a split. Whoever means the change removes the folder.
 
     Raises:
-        DataError: the backbone was aligned on one of these images.
+        DataError: the backbone was aligned on an image of the split, in the part or not.
+        RunError: the folder holds an evaluation on other images.
         VademecumError: the run or its data, cache or backbone cannot be used.
     """
+    run = read_run(folder)
     setup = setup or load_run(folder, data=data, knowledge=knowledge, device=device)
-    images = split_of(setup.source, split, setup.source.dataset)
-    whole = len(images)
+    whole = split_of(setup.source, split, setup.source.dataset)
+    if split != "train" and setup.backbone.alignment is not None:
+        setup.backbone.alignment.check_disjoint(whole.digests)
     place = metrics_file(folder, split, part).parent
-    place.mkdir(parents=True, exist_ok=True)
-    if part is not None and part < whole:
-        list_file = place / "samples.json"
-        if list_file.is_file():
-            chosen = SampleList.load(list_file)
-        else:
-            chosen = stratified_part(images, part, PART_SEED)
-            chosen.save(list_file)
-        images = chosen.apply(images)
-    if split != "train" and (aligned := setup.recipe.backbone.aligned):
-        alignment_record(Path(aligned).expanduser()).check_disjoint(images.digests)
+    images, drawn = _part_of(whole, part, place)
+    _refuse_other_images(place, images)
     cases = setup.cases(images)
     logits = predict(setup.method, cases, max(setup.recipe.train.batch_size, 16))
     predictions = Predictions.of(logits.numpy(), images)
-    save_predictions(predictions, place / "predictions.csv")
     metrics = measure(predictions.probabilities, predictions.labels, predictions.class_names)
     result: dict[str, Any] = {
+        "run": run["digest"],
+        "weights": run.get("weights"),
         "split": split,
         "images": len(images),
-        "split_images": whole,
+        "split_images": len(whole),
         "data": images.digest,
         "metrics": metrics.to_json(),
         "intervals": with_intervals(
@@ -150,14 +210,24 @@ def evaluate(
             seed=PART_SEED,
         ),
     }
-    write_json(metrics_file(folder, split, part), result)
+    with storage_errors(place):
+        place.mkdir(parents=True, exist_ok=True)
+    if drawn is not None:
+        drawn.save(place / PART)
+    save_predictions(predictions, place / PREDICTIONS)
+    write_json(place / METRICS, result)
+    _note(folder, place, result)
     figures.confusion_matrix(
-        predictions.probabilities,
-        predictions.labels,
-        predictions.class_names,
-        place / "confusion.png",
+        predictions.probabilities, predictions.labels, predictions.class_names, place / CONFUSION
     )
-    figures.reliability_diagram(
-        predictions.probabilities, predictions.labels, place / "reliability.png"
-    )
+    figures.reliability_diagram(predictions.probabilities, predictions.labels, place / RELIABILITY)
     return Evaluation(place, result)
+
+
+def _note(folder: Path, place: Path, result: dict[str, Any]) -> None:
+    """Writes the headline of an evaluation into `run.json`, beside those of other splits."""
+    run = read_run(folder)  # again: another split may have been evaluated meanwhile
+    known = run.get("metrics")
+    entry = headline(result, (place / METRICS).relative_to(folder).as_posix())
+    run["metrics"] = (known if isinstance(known, dict) else {}) | {place.name: entry}
+    write_json(folder / RUN, run)

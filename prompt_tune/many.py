@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import RecipeError
-from cache.plain import strict_json
 from cache.recipe import apply_overrides, parse_yaml, validate
-from prompt_tune.checkpoint import write_json
+from prompt_tune.checkpoint import read_json, write_json
 from prompt_tune.evaluation import evaluate, load_run, metrics_file
 from prompt_tune.recipe import TuneRecipe
+from prompt_tune.run_folder import is_of
 from prompt_tune.shelf import Shelf
 from prompt_tune.tuning import tune
 
@@ -162,11 +162,11 @@ def tune_many(
         if split is not None:
             setup = result.setup
             known = metrics_file(folder, split, part)
-            if setup is None and known.is_file():
-                metrics = strict_json(known.read_bytes())["metrics"]
-            else:
+            found = read_json(known) if setup is None and known.is_file() else None
+            if found is None or not is_of(found, result.run):
                 setup = setup or load_run(folder, device=device, shelf=shelf)
-                metrics = evaluate(folder, split=split, part=part, setup=setup).result["metrics"]
+                found = evaluate(folder, split=split, part=part, setup=setup).result
+            metrics = found["metrics"]
         rows.append(
             {
                 "run": folder.name,

@@ -1,8 +1,17 @@
 """The side effect of the published averaging on the frozen backbone.
 
-The published loop copies the whole state dict after each epoch, weights it and sums it up, so the
-half-precision frozen weights are averaged with themselves in half precision, which is not the
-identity. `average: published` repeats that, so that its numbers can be compared.
+The published loop copies the whole state dict after each epoch, weights it and sums it up, each
+tensor in its own precision. Contexts and visual prompts are averaged so by the training loop. The
+frozen weights that OpenAI's CLIP holds in fp16 (convolutions, linear maps, attention, projections)
+are averaged with themselves, which in fp16 is not the identity; `average: published` repeats that
+once training is over, so that its numbers can be compared. Here the backbone is in fp32, so the
+same step also rounds these weights to fp16.
+
+Differs: training itself sees the weights as they are, in fp32, where the published one sees them
+rounded to fp16.
+Differs: frozen fp32 tensors (embeddings, norms) are left as they are; the published average moves
+them by a relative 1e-7. So are the token embeddings of start, name and end, which the published
+code copies into fp16 buffers and averages with the rest.
 """
 
 import copy

@@ -63,8 +63,8 @@ class TrainSpec(RecipePart):
     warmup_lr: Annotated[float, Field(gt=0)] = 1e-5
     average: Literal["published", "prompts", "trainables", "none"] = "none"
     """Gaussian-weighted averaging over epochs: `prompts` (contexts and visual prompts, fp32),
-    `trainables` (all, fp32), `published` (every tensor but interventions and projections, frozen
-    ones included, in the precision of the published code)."""
+    `trainables` (all, fp32), `published` (contexts and visual prompts, each in its own precision,
+    and the frozen weights that the published code holds in fp16, in fp16; see `published`)."""
     average_mean: float | None = None
     """Epoch at which the weight peaks; null is the last epoch."""
     average_std: Annotated[float, Field(gt=0)] | None = None
@@ -93,9 +93,19 @@ class TuneRecipe(RecipePart):
     backbone: BackboneSpec
     method: dict[str, Any]
     knowledge: KnowledgeSpec = KnowledgeSpec()
+    classes: tuple[str, ...] | None = None
+    """Ids of the classes the run has, in training, validation, evaluation and knowledge; null is
+    all. Their order is that of the data's labels."""
     samples: SampleSpec = SampleSpec()
     train: TrainSpec = TrainSpec()
     seed: int = 1
+
+    @model_validator(mode="after")
+    def _classes_are_several(self) -> "TuneRecipe":
+        if self.classes is not None and len(set(self.classes)) < max(2, len(self.classes)):
+            what, wanted = "not a choice of classes", "two or more ids, each once, or null"
+            raise RecipeError(what, where="classes", found=list(self.classes), wanted=wanted)
+        return self
 
     @model_validator(mode="after")
     def _method_is_known(self) -> "TuneRecipe":

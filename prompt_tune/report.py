@@ -14,6 +14,7 @@ from prompt_tune.statistics import LABELS, Interval
 
 COLUMNS = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "kappa", "ece")
 Style = Literal["text", "markdown"]
+SHOWN = 5  # of a list of names
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,9 @@ def describe_run(run: Mapping[str, Any], folder: Path) -> str:
         seen = "" if val is None else f", validation accuracy {float(val):.3f}"
         lines.append(f"last epoch {last['epoch']}: loss {float(last['loss']):.4f}{seen}")
     lines.append(f"selection  {run['selection']}")
+    if unused := run.get("bindings", {}).get("cache", {}).get("unused_classes"):
+        more = f" and {len(unused) - SHOWN} more" if len(unused) > SHOWN else ""
+        lines.append(f"not used   {', '.join(unused[:SHOWN])}{more}: in the cache, not in this run")
     if run.get("smoke"):
         lines.append("a smoke run, not a result")
     lines.append(f"run        {folder}")

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from cache.errors import DataError, MissingKnowledgeError
+from cache.durable import storage_errors
+from cache.errors import DataError, MissingKnowledgeError, SystemRefusedError
 from cache.recipe import digest_of
-from prompt_tune.backbone import Backbone
+from prompt_tune.alignment_record import AlignmentRecord
+from prompt_tune.backbone import Backbone, BackboneSpec
 from prompt_tune.cases import Cases
 from prompt_tune.data.few_shot import SampleList, few_shot
 from prompt_tune.data.source import DataSource, ImageSplit
@@ -43,6 +45,18 @@ class Setup:
     device: str
     shelf: Shelf
 
+    def save_samples(self, folder: Path) -> None:
+        """Writes the sample lists that are not in `folder` yet.
+
+        Raises:
+            StorageError: the folder cannot be made or written.
+        """
+        for name, chosen in self.samples.items():
+            if not (file := folder / f"{name}.json").is_file():
+                with storage_errors(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                chosen.save(file)
+
     def cases(self, split: ImageSplit, *, training: bool = False) -> Cases:
         """A split as this run's method reads it."""
         return Cases(
@@ -57,10 +71,20 @@ class Setup:
 
 
 def pick_device(device: str) -> str:
-    """`auto` is CUDA where there is one, else CPU."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`device`, or the best one of this machine for `auto`.
+
+    Raises:
+        SystemRefusedError: a device this machine does not have.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        what = f"the device {device!r} cannot be used"
+        do = "Use --device cpu, or auto."
+        raise SystemRefusedError(what, found=str(error).splitlines()[0], do=do) from error
+    return device
 
 
 def split_of(source: DataSource, name: str, data: str) -> ImageSplit:
@@ -76,8 +100,12 @@ def split_of(source: DataSource, name: str, data: str) -> ImageSplit:
     return split
 
 
-def _chosen(split: ImageSplit, shots: int | None, seed: int, file: Path) -> SampleList | None:
-    if file.is_file():
+def _chosen(
+    split: ImageSplit, shots: int | None, seed: int, folder: Path | None
+) -> SampleList | None:
+    """The saved sample list of a split, or a new one that is not saved; None is all of it."""
+    file = None if folder is None else folder / f"{split.name}.json"
+    if file is not None and file.is_file():
         stored = SampleList.load(file, split)
         if stored.size != shots:
             what = "the saved sample list was drawn with another number of shots"
@@ -86,10 +114,7 @@ def _chosen(split: ImageSplit, shots: int | None, seed: int, file: Path) -> Samp
         return stored
     if shots is None:
         return None
-    chosen = few_shot(split, shots, seed, allow_fewer=split.name != "train")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    chosen.save(file)
-    return chosen
+    return few_shot(split, shots, seed, allow_fewer=split.name != "train")
 
 
 def _validation_shots(spec: SampleSpec) -> int | None:
@@ -98,57 +123,88 @@ def _validation_shots(spec: SampleSpec) -> int | None:
     return None if spec.shots is None else min(spec.shots, VAL_SHOTS)
 
 
+def _sampled(
+    spec: SampleSpec, source: DataSource, data: str, folder: Path | None
+) -> tuple[dict[str, ImageSplit], dict[str, SampleList]]:
+    """The training and validation images a run may see, and the lists that name them."""
+    shots = {"train": spec.shots, "val": _validation_shots(spec)}
+    splits = {"train": split_of(source, "train", data)}
+    if "val" in source.splits and len(source.splits["val"]) and shots["val"] != 0:
+        splits["val"] = source.splits["val"]
+    lists: dict[str, SampleList] = {}
+    for name, split in splits.items():
+        chosen = _chosen(split, shots[name], spec.seed, folder)
+        if chosen is not None:
+            lists[name], splits[name] = chosen, chosen.apply(split)
+    return splits, lists
+
+
+def _refuse_leaks(
+    record: AlignmentRecord, source: DataSource, splits: dict[str, ImageSplit]
+) -> None:
+    """Nothing, if alignment saw training images of the run alone.
+
+    Raises:
+        DataError: it saw a validation image, or an image beyond the run's own sample.
+    """
+    if "val" in splits:
+        record.check_disjoint(source["val"].digests)
+    classes = [c.id for c in source.classes]
+    record.check_within(splits["train"].digests, dataset=source.dataset, classes=classes)
+
+
+def _knowledge(
+    recipe: TuneRecipe, source: DataSource, path: Path | None, shelf: Shelf
+) -> LoadedKnowledge | None:
+    if not recipe.method_class().needs_knowledge:
+        return None
+    if path is None:
+        what = f"method {recipe.method['name']!r} needs a knowledge cache"
+        raise MissingKnowledgeError(what, do="Pass --knowledge FILE.")
+    return load_knowledge(
+        shelf.cache(path, recipe.knowledge.expect),
+        recipe.knowledge,
+        dataset=source.dataset,
+        classes=source.classes,
+        seed=derive_seed(recipe.seed, "control"),
+    )
+
+
 def prepare(
     recipe: TuneRecipe,
     *,
     data: str,
     knowledge: Path | None,
-    samples: Path,
+    samples: Path | None,
     device: str = "cpu",
     shelf: Shelf | None = None,
+    backbone: BackboneSpec | None = None,
 ) -> Setup:
-    """Loads everything a run needs; sample lists found in `samples` win over the seed.
+    """Loads everything a run needs and writes nothing.
 
-    What is on `shelf` already is not loaded again.
+    Args:
+        recipe: of the run.
+        data: the images.
+        knowledge: the cache, for methods that need one.
+        samples: a folder whose sample lists win over the recipe's seed; None draws them anew.
+        device: of the run.
+        shelf: what is on it is not loaded again.
+        backbone: where the recipe's backbone is now, if elsewhere.
 
     Raises:
+        DataError: the backbone was aligned on images that the run may not train on.
         VademecumError: whatever the data, the backbone, the cache or the recipe lack.
     """
     shelf = shelf or Shelf()
-    source = shelf.data(data)
-    train = split_of(source, "train", data)
-    lists: dict[str, SampleList] = {}
-    chosen = _chosen(train, recipe.samples.shots, recipe.samples.seed, samples / "train.json")
-    if chosen is not None:
-        lists["train"] = chosen
-        train = chosen.apply(train)
-    val = source.splits.get("val")
-    val_shots = _validation_shots(recipe.samples)
-    if val is None or len(val) == 0 or val_shots == 0:
-        val = None
-    else:
-        chosen = _chosen(val, val_shots, recipe.samples.seed, samples / "val.json")
-        if chosen is not None:
-            lists["val"] = chosen
-            val = chosen.apply(val)
-
     where = pick_device(device)
-    backbone = shelf.backbone(recipe.backbone, where)
-    method_class = recipe.method_class()
-    loaded = None
-    if method_class.needs_knowledge:
-        if knowledge is None:
-            what = f"method {recipe.method['name']!r} needs a knowledge cache"
-            raise MissingKnowledgeError(what, do="Pass --knowledge FILE.")
-        loaded = load_knowledge(
-            shelf.cache(knowledge, recipe.knowledge.expect),
-            recipe.knowledge,
-            dataset=source.dataset,
-            classes=source.classes,
-            seed=derive_seed(recipe.seed, "control"),
-        )
+    source = shelf.data(data, recipe.classes)
+    splits, lists = _sampled(recipe.samples, source, data, samples)
+    tower = shelf.backbone(backbone or recipe.backbone, where)
+    if tower.alignment is not None:
+        _refuse_leaks(tower.alignment, source, splits)
+    loaded = _knowledge(recipe, source, knowledge, shelf)
     problem = Problem(
-        backbone=backbone,
+        backbone=tower,
         class_names=tuple(c.name for c in source.classes),
         template=source.template,
         templates=source.templates,
@@ -156,13 +212,14 @@ def prepare(
         seed=recipe.seed,
     )
     torch.manual_seed(derive_seed(recipe.seed, "init"))
+    method_class = recipe.method_class()
     method = method_class(recipe.method_config(where="recipe"), problem).to(where).eval()
     bindings: dict[str, Any] = {
         "dataset": source.dataset,
         "classes": [{"id": c.id, "name": c.name} for c in source.classes],
-        "data": {"train": train.digest} | ({"val": val.digest} if val is not None else {}),
+        "data": {name: split.digest for name, split in splits.items()},
         "samples": {name: chosen.digest for name, chosen in lists.items()},
-        "backbone": backbone.fingerprint,
+        "backbone": tower.fingerprint,
     }
     if loaded is not None:
         bindings["cache"] = {
@@ -171,15 +228,18 @@ def prepare(
             "block_id": loaded.block_id,
             "unused_classes": list(loaded.unused),
         }
-    return Setup(
-        recipe, source, backbone, loaded, method, train, val, lists, bindings, where, shelf
-    )
+    train, val = splits["train"], splits.get("val")
+    return Setup(recipe, source, tower, loaded, method, train, val, lists, bindings, where, shelf)
 
 
 def binding_digest(recipe: TuneRecipe, bindings: dict[str, Any]) -> str:
     """What a saved state must have been made with: the recipe and everything it was bound to.
 
-    The cache counts by the block that was used, not by the whole file.
+    The cache counts by the block that was used, not by the whole file. A recipe without `classes`
+    counts as it would if that key did not exist.
     """
     cache_part = {k: v for k, v in bindings.get("cache", {}).items() if k in {"block", "block_id"}}
-    return digest_of({"recipe": recipe.model_dump(), "bindings": bindings | {"cache": cache_part}})
+    plain = recipe.model_dump()
+    if plain["classes"] is None:
+        del plain["classes"]
+    return digest_of({"recipe": plain, "bindings": bindings | {"cache": cache_part}})

@@ -12,16 +12,25 @@ class Shelf:
     """Keeps what it loads. Nothing on it is changed by a run, so runs that share it stay alone."""
 
     def __init__(self) -> None:
-        self._data: dict[str, DataSource] = {}
+        self._data: dict[tuple[str, tuple[str, ...] | None], DataSource] = {}
         self._backbones: dict[tuple[str, str], Backbone] = {}
         self._caches: dict[tuple[Path, str | None], KnowledgeCache] = {}
         self._stores: dict[tuple[str, str, int, int], FeatureStore] = {}
 
-    def data(self, declared: str) -> DataSource:
-        """The images of a declaration or path; see `load_data`."""
-        if declared not in self._data:
-            self._data[declared] = load_data(declared)
-        return self._data[declared]
+    def data(self, declared: str, classes: tuple[str, ...] | None = None) -> DataSource:
+        """The images of a declaration or path, of all classes or of some; see `load_data`.
+
+        Raises:
+            DataError: an unknown class; the nearest is named.
+        """
+        key = (declared, classes)
+        if key not in self._data:
+            if classes is None:
+                self._data[key] = load_data(declared)
+            else:
+                whole = self.data(declared)
+                self._data[key] = whole.select(whole.ordered(classes))
+        return self._data[key]
 
     def backbone(self, spec: BackboneSpec, device: str) -> Backbone:
         """A frozen backbone; see `load_backbone`."""

@@ -1,5 +1,6 @@
 """`tune`: from a recipe, a cache and images to a run folder."""
 
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping
@@ -10,14 +11,15 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from cache.durable import write_atomic
+from cache.durable import storage_errors, write_atomic
 from cache.errors import RunError
 from prompt_tune import figures
-from prompt_tune.checkpoint import RUN, STATE, WEIGHTS, read_run, write_json
+from prompt_tune.checkpoint import FORMAT, RUN, STATE, WEIGHTS, read_run, write_json
 from prompt_tune.loop import train
 from prompt_tune.method import Method
 from prompt_tune.published import averaged_backbone
 from prompt_tune.recipe import TuneRecipe
+from prompt_tune.run_folder import CURVES, SAMPLES, absolute, clear
 from prompt_tune.seeds import make_deterministic
 from prompt_tune.setup import Setup, binding_digest, prepare
 from prompt_tune.shelf import Shelf
@@ -96,36 +98,39 @@ def tune(
     """Tunes one method and leaves a run folder; an unfinished run of the same recipe goes on.
 
     The folder holds `weights.safetensors` (trainable tensors only), `run.json` (resolved recipe,
-    bindings, seeds, versions, history), `curves.png` and the sample lists.
+    bindings, seeds, versions, history), `curves.png` and the sample lists. Nothing is written
+    before recipe, data, cache and backbone are known to fit; with `overwrite` that is also when
+    the earlier run goes, its evaluations and sample lists with it.
 
     Raises:
         VademecumError: bad recipe, data, cache or backbone; a folder of another run.
     """
     if out.is_file():
         raise RunError("the run folder is a file", where=out)
-    if overwrite:
-        for name in (RUN, STATE, WEIGHTS):
-            (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     make_deterministic(device)
     setup = prepare(
         recipe,
         data=data,
         knowledge=knowledge,
-        samples=out / "samples",
+        samples=None if overwrite else out / SAMPLES,
         device=device,
         shelf=shelf,
     )
     digest = binding_digest(recipe, setup.bindings)
-    if (out / RUN).is_file():
+    if overwrite:
+        clear(out)
+    elif (out / RUN).is_file():
         run = read_run(out)
         if run.get("digest") != digest:
             what = "the folder holds another run"
             raise RunError(what, where=out, do="Choose another --out, or pass --overwrite.")
         if run.get("status") == "finished":
             return RunResult(out, run, None)
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    setup.save_samples(out / SAMPLES)
     run = {
-        "format": 1,
+        "format": FORMAT,
         "status": "running",
         "digest": digest,
         "recipe": recipe.model_dump(mode="json"),
@@ -135,17 +140,28 @@ def tune(
         "selection": selection_rule(recipe),
         "smoke": recipe.train.max_steps is not None,
         "versions": versions(),
-        "local": {"data": data, "knowledge": str(knowledge) if knowledge else None},
+        "local": _local(recipe, data, knowledge),
     }
     write_json(out / RUN, run)
     run["training"] = dict(_fit(setup, out, digest))
     if recipe.train.average == "published":
         setup = averaged_backbone(setup)
     tensors = {n: p.detach().cpu().contiguous() for n, p in setup.method.trainable().items()}
-    write_atomic(out / WEIGHTS, safetensors.torch.save(tensors))
+    weights = safetensors.torch.save(tensors)
+    write_atomic(out / WEIGHTS, weights)
     if len(run["training"].get("history", ())) > 1:
-        figures.training_curves(run["training"]["history"], out / "curves.png")
-    run["status"] = "finished"
+        figures.training_curves(run["training"]["history"], out / CURVES)
+    run |= {"weights": hashlib.sha256(weights).hexdigest(), "status": "finished"}
     write_json(out / RUN, run)
     (out / STATE).unlink(missing_ok=True)
     return RunResult(out, run, setup)
+
+
+def _local(recipe: TuneRecipe, data: str, knowledge: Path | None) -> dict[str, str | None]:
+    """Where things lie on this machine, from whatever folder; never part of a digest."""
+    backbone = recipe.backbone.path
+    return {
+        "data": absolute(data),
+        "knowledge": None if knowledge is None else str(knowledge.absolute()),
+        "backbone": None if backbone is None else str(backbone.absolute()),
+    }

@@ -74,6 +74,8 @@ class DataDeclaration(RecipePart):
         path: file or folder, relative to the declaration; or
         asset: name of an embedded asset; or
         hub: a Hugging Face data set id, with `revision`.
+        images: folder that the paths in a table or split file are relative to, itself relative to
+            the declaration; by default the folder of that file.
         classes: the classes in label order; inferred where the layout names them.
         splits: what the files call train, val and test.
         divide: how to make splits that the data do not have.
@@ -86,6 +88,7 @@ class DataDeclaration(RecipePart):
     asset: str | None = None
     hub: str | None = None
     revision: str | None = None
+    images: str | None = None
     modality: str | None = None
     classes: tuple[DeclaredClass, ...] = ()
     template: str = "a photo of a {}."

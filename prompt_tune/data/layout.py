@@ -60,10 +60,12 @@ class Layout:
     Attributes:
         matches: whether a path looks like this layout; asked in the order of layout names.
         read: everything at a path, or at a hub id.
+        lists: whether it is a file that lists the paths of images.
     """
 
     matches: Callable[[Path], bool]
     read: Callable[[str, DataDeclaration], Found]
+    lists: bool = False
 
 
 def layout_named(name: str) -> Layout:
@@ -123,7 +125,7 @@ def file_part(
     paths = [root / name for name in names]
     for path in paths:
         if not path.is_file():
-            do = "Paths are relative to the file that lists them."
+            do = f"Paths are relative to {root}; declare `images` to change that."
             what = f"the image {path} is missing"
             raise DataError(what, where=where, do=do)
     files = tuple(str(p) for p in paths)
@@ -134,6 +136,11 @@ def file_part(
         keys=tuple(names),
         patients=tuple(patients) if patients is not None else (None,) * len(files),
     )
+
+
+def image_root(listing: Path, declaration: DataDeclaration) -> Path:
+    """The folder that the paths in a listing are relative to."""
+    return listing.parent if declaration.images is None else Path(declaration.images)
 
 
 def read_text(path: Path) -> str:

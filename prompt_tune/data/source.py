@@ -11,7 +11,7 @@ from cache.registry import suggest
 from prompt_tune.data.classes import class_table
 from prompt_tune.data.declaration import DataDeclaration, slug
 from prompt_tune.data.images import DataClass, ImageSplit
-from prompt_tune.data.layout import layout_for, layout_named
+from prompt_tune.data.layout import LAYOUTS, layout_for, layout_named
 from prompt_tune.data.splits import SPLITS, pieces_of, refuse_gaps, refuse_overlap, split_of
 
 __all__ = ["DataClass", "DataSource", "ImageSplit", "load_data", "presets"]
@@ -56,6 +56,11 @@ class DataSource:
             raise DataError(what, where=self.dataset, do=do)
         return self.splits[split]
 
+    def ordered(self, class_ids: Sequence[str]) -> list[str]:
+        """Class ids in label order, unknown ones first."""
+        known = {c.id: k for k, c in enumerate(self.classes)}
+        return sorted(class_ids, key=lambda name: known.get(name, -1))
+
     def select(self, class_ids: Sequence[str]) -> "DataSource":
         """The same data with only some classes, in the order given.
 
@@ -94,6 +99,7 @@ def load_data(spec: str | Path) -> DataSource:
     layout = declaration.layout
     if layout is None:
         layout = "hub" if declaration.hub is not None else layout_for(Path(place))
+    declaration = _rooted(declaration, layout, base)
     found = layout_named(layout).read(place, declaration)
     classes, numbers = class_table(found, declaration, place)
     parts, notes = pieces_of(found, declaration, place)
@@ -114,6 +120,27 @@ def load_data(spec: str | Path) -> DataSource:
         licence=declaration.licence,
         notes=notes,
     )
+
+
+def _rooted(declaration: DataDeclaration, layout: str, base: Path) -> DataDeclaration:
+    """The declaration with `images` as a folder that is there.
+
+    Raises:
+        DataError: it is not there, or the layout lists no paths.
+    """
+    if declaration.images is None:
+        return declaration
+    root = base / declaration.images
+    if not layout_named(layout).lists:
+        what = "`images` belongs to layouts that list paths"
+        wanted = ", ".join(name for name in LAYOUTS if layout_named(name).lists)
+        found = f"layout {layout}"
+        raise DataError(what, where=declaration.dataset, found=found, wanted=wanted)
+    if not root.is_dir():
+        what = "no such folder of images"
+        do = "`images` is relative to the declaration."
+        raise DataError(what, where=root, do=do)
+    return declaration.model_copy(update={"images": str(root)})
 
 
 def presets() -> tuple[str, ...]:

@@ -43,41 +43,41 @@ class LinearProbe(Method):
         return self.image_features(batch) @ self.weight.T + self.bias
 
     def fit(self, train: Batch, val: Batch | None) -> Mapping[str, float]:
-        """Fits every strength and keeps the one that serves the validation images best."""
+        """Fits every strength and keeps the one that serves the validation images best.
+
+        The solver runs on the CPU, wherever the backbone is.
+        """
         from sklearn.linear_model import LogisticRegression
 
-        x, y = self.image_features(train).double().numpy(), train.labels.numpy()
+        x, y = self.image_features(train).cpu().double().numpy(), train.labels.cpu().numpy()
+        held_out = None if val is None else (self.image_features(val).cpu(), val.labels.cpu())
         strengths = self.settings.strengths if val is not None else [1.0]
         best = (-1.0, 0.0)
         for strength in sorted(strengths):
             solver = LogisticRegression(C=strength, max_iter=self.settings.max_iterations)
             solver.fit(x, y)
-            self._keep(solver.classes_, solver.coef_, solver.intercept_, commit=False)
+            weight, bias = self._spread(solver.classes_, solver.coef_, solver.intercept_)
             score = 0.0
-            if val is not None:
-                score = float((self._scores(val).argmax(1) == val.labels).double().mean())
+            if held_out is not None:
+                guessed = (held_out[0] @ weight.T + bias).argmax(1)
+                score = float((guessed == held_out[1]).double().mean())
             if score > best[0]:
                 best = (score, strength)
-                self._keep(solver.classes_, solver.coef_, solver.intercept_, commit=True)
+                with torch.no_grad():
+                    self.weight.copy_(weight)
+                    self.bias.copy_(bias)
         return {"strength": best[1]} | ({} if val is None else {"val_accuracy": best[0]})
 
-    def _scores(self, batch: Batch) -> Tensor:
-        weight, bias = self._candidate
-        return self.image_features(batch) @ weight.T + bias
-
-    def _keep(
-        self, classes: np.ndarray, weight: np.ndarray, bias: np.ndarray, *, commit: bool
-    ) -> None:
+    def _spread(
+        self, classes: np.ndarray, weight: np.ndarray, bias: np.ndarray
+    ) -> tuple[Float[Tensor, "classes embed"], Float[Tensor, "classes"]]:
+        """A solution over all classes, on the CPU; those without a training image never win."""
         if len(classes) == 2 and len(weight) == 1:
             weight, bias = np.stack([-weight[0], weight[0]]) / 2, np.array([-bias[0], bias[0]]) / 2
-        full = torch.zeros_like(self.weight), torch.full_like(self.bias, -1e4)
-        full[0][classes] = torch.as_tensor(weight, dtype=self.weight.dtype)
-        full[1][classes] = torch.as_tensor(bias, dtype=self.bias.dtype)
-        self._candidate = full
-        if commit:
-            with torch.no_grad():
-                self.weight.copy_(full[0])
-                self.bias.copy_(full[1])
+        full = torch.zeros(self.weight.shape), torch.full(self.bias.shape, -1e4)
+        full[0][classes] = torch.as_tensor(weight, dtype=torch.float32)
+        full[1][classes] = torch.as_tensor(bias, dtype=torch.float32)
+        return full
 
 
 METHOD = LinearProbe

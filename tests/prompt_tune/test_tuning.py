@@ -349,6 +349,8 @@ def test_bad_input_is_one_line(problem: SimpleNamespace, tmp_path: Path, toy: Mo
         DataError, "too few images for 50 shots",
         lambda: _tune(problem, tmp_path / "shots", shots),
     )  # fmt: skip
+    assert not (tmp_path / "bad").exists() and not (tmp_path / "shots").exists()
+    _tune(problem, tmp_path / "bad", _recipe(problem, method={"name": "zero-shot"}))
     _fails(DataError, "drawn with another number of shots; found 4, wanted 50", lambda: go(shots))
     _fails(RunError, "not a run folder", lambda: evaluate(tmp_path / "nothing"))
     (tmp_path / "file").write_text("x")

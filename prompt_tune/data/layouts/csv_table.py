@@ -8,7 +8,7 @@ from pathlib import Path
 from cache.errors import DataError
 from cache.registry import suggest
 from prompt_tune.data.declaration import DataDeclaration
-from prompt_tune.data.layout import Found, Layout, file_part, read_text
+from prompt_tune.data.layout import Found, Layout, file_part, image_root, read_text
 
 Row = tuple[str, str, str | None]
 
@@ -25,7 +25,7 @@ def _column(wanted: str | None, usual: str, header: list[str], path: Path) -> st
 
 
 def read(place: str, declaration: DataDeclaration) -> Found:
-    """The images a table lists, with paths relative to the table.
+    """The images a table lists, with paths relative to the table or to the declared `images`.
 
     Raises:
         DataError: missing file or column, an empty cell, a missing image.
@@ -56,12 +56,12 @@ def read(place: str, declaration: DataDeclaration) -> Found:
     if not rows:
         what = "the table lists no images"
         raise DataError(what, where=path)
-    parts = {}
+    parts, root = {}, image_root(path, declaration)
     for name, listed in rows.items():
         names, labels, patients = zip(*listed, strict=True)
-        parts[name] = file_part(path.parent, names, labels, patients, where=path)
+        parts[name] = file_part(root, names, labels, patients, where=path)
     known = sorted({text for part in parts.values() for text in part.labels})
     return Found(parts, tuple((text, text) for text in known))
 
 
-LAYOUT = Layout(matches=lambda path: path.suffix.lower() == ".csv", read=read)
+LAYOUT = Layout(matches=lambda path: path.suffix.lower() == ".csv", read=read, lists=True)

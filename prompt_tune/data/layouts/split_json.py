@@ -6,12 +6,12 @@ from typing import Any
 
 from cache.errors import DataError
 from prompt_tune.data.declaration import DataDeclaration
-from prompt_tune.data.layout import Found, Layout, Part, file_part, read_text
+from prompt_tune.data.layout import Found, Layout, Part, file_part, image_root, read_text
 
 SHAPE = '{"train": [[path, label, class name], ...], ...}'
 
 
-def _part(name: str, entries: Any, classes: dict[int, str], path: Path) -> Part:
+def _part(name: str, entries: Any, classes: dict[int, str], path: Path, root: Path) -> Part:
     if not isinstance(entries, list):
         what = f"{name!r} is not a list"
         raise DataError(what, where=path, found=type(entries).__name__, wanted=SHAPE)
@@ -28,11 +28,11 @@ def _part(name: str, entries: Any, classes: dict[int, str], path: Path) -> Part:
             raise DataError(what, where=path, wanted=repr(classes[label]))
         names.append(image)
         labels.append(class_name)
-    return file_part(path.parent, names, labels, where=path)
+    return file_part(root, names, labels, where=path)
 
 
-def read(place: str, declaration: DataDeclaration) -> Found:  # noqa: ARG001 - a layout's signature
-    """The images a split file lists, with paths relative to the file.
+def read(place: str, declaration: DataDeclaration) -> Found:
+    """The images a split file lists, with paths relative to it or to the declared `images`.
 
     A class is known by its name; the integer labels give the order where no classes are declared.
 
@@ -49,8 +49,9 @@ def read(place: str, declaration: DataDeclaration) -> Found:  # noqa: ARG001 - a
         what = "not a split file"
         raise DataError(what, where=path, found=type(listing).__name__, wanted=SHAPE)
     classes: dict[int, str] = {}
-    parts = {name: _part(name, entries, classes, path) for name, entries in listing.items()}
+    root = image_root(path, declaration)
+    parts = {name: _part(name, rows, classes, path, root) for name, rows in listing.items()}
     return Found(parts, tuple((classes[k], classes[k]) for k in sorted(classes)))
 
 
-LAYOUT = Layout(matches=lambda path: path.suffix.lower() == ".json", read=read)
+LAYOUT = Layout(matches=lambda path: path.suffix.lower() == ".json", read=read, lists=True)

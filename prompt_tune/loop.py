@@ -136,8 +136,7 @@ def train(
     total = min(spec.epochs * per_epoch, spec.max_steps or spec.epochs * per_epoch)
     done = min((start_epoch - 1) * per_epoch + start_step, total)
     seconds, timed = 0.0, 0
-    with track("train", total) as progress:
-        progress.advance(done)
+    with track("train", total, done) as progress:
         for epoch in range(start_epoch, math.ceil(total / per_epoch) + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(spec, epoch)

@@ -13,84 +13,27 @@ Computed without anything of width D per image. With z = U1 v + b1 and W = [W1 |
                                                  K = W2 diag(h) U2
     A h'  = A h + (A R) delta
 
-is affine in z, and k, K, A h, A R do not depend on the image. Dropout falls on the D elements of
-h', so training has to build them: one stage and group at a time, again in the backward, never kept.
+is affine in z, and k, K, A h, A R do not depend on the image. K is linear in h,
+
+    K[o, i] = sum_d (W2[o, d] U2[d, i]) h[d],
+
+so that one product of the rows with the tables of all stages gives every k and K. Dropout falls on
+the D elements of h': training builds them, one stage and group at a time (`row_dropout`).
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from prompt_tune.row_dropout import DroppedProjection
 from prompt_tune.towers import Stage
 
-Kept = Bool[Tensor, "classes rows batch width"]
-"""Elements that dropout keeps; a float tensor of zeros and ones does as well."""
-
-
-def draw_kept(shape: tuple[int, ...], dropout: float, seed: int, device: torch.device) -> Tensor:
-    """A keep-mask that is a function of `seed`: each element is dropped with odds `dropout`.
-
-    Four elements share one random 64-bit word, which costs a quarter of `bernoulli_`.
-
-    Differs: the odds are rounded to a multiple of 2^-16 (0.1 becomes 0.100006).
-    """
-    count = math.prod(shape)
-    generator = torch.Generator(device).manual_seed(seed)
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
-    words.random_(-(2**63), None, generator=generator)
-    kept = words.view(torch.int16) >= round(dropout * 2**16) - 2**15
-    return kept[:count].view(shape)
-
-
-class _DroppedProjection(torch.autograd.Function):
-    """`A Dropout(h + R delta)`; the row of width D is rebuilt in the backward.
-
-    `kept` is a mask, or the seed to draw it from.
-    """
-
-    @staticmethod
-    def forward(  # noqa: PLR0917 - autograd passes by position
-        ctx: Any,
-        h: Float[Tensor, "rows width"],
-        delta: Float[Tensor, "rows batch rank"],
-        rotation: Float[Tensor, "width rank"],
-        down: Float[Tensor, "rank width"],
-        dropout: float,
-        kept: Tensor | int,
-    ) -> Tensor:
-        ctx.dropout, ctx.kept = dropout, kept
-        ctx.save_for_backward(h, delta, rotation, down)
-        mask = _DroppedProjection._mask(ctx, h, delta)
-        return _DroppedProjection._dropped(h, delta, rotation, mask, dropout) @ down.T
-
-    @staticmethod
-    def _mask(ctx: Any, h: Tensor, delta: Tensor) -> Tensor:
-        if isinstance(ctx.kept, Tensor):
-            return ctx.kept
-        shape = (len(h), delta.shape[1], h.shape[1])
-        return draw_kept(shape, ctx.dropout, ctx.kept, h.device)
-
-    @staticmethod
-    def _dropped(h: Tensor, delta: Tensor, rotation: Tensor, mask: Tensor, p: float) -> Tensor:
-        x = delta @ rotation.T
-        return x.add_(h[:, None]).mul_(mask).div_(1 - p)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, delta, rotation, down = ctx.saved_tensors
-        mask = _DroppedProjection._mask(ctx, h, delta)
-        x = _DroppedProjection._dropped(h, delta, rotation, mask, ctx.dropout)
-        grad_down = grad.flatten(0, 1).T @ x.flatten(0, 1)
-        inner = torch.matmul(grad, down, out=x).mul_(mask).div_(1 - ctx.dropout)
-        grad_rotation = inner.flatten(0, 1).T @ delta.flatten(0, 1)
-        return None, inner @ rotation, grad_rotation, grad_down, None, None
+KeptRows = tuple[Tensor | None, Tensor | None]
+"""Keep-masks of the prefix and the suffix rows, `[classes, rows, batch, width]`."""
 
 
 class Projection(nn.Module):
@@ -134,48 +77,6 @@ class Intervention(nn.Module):
         if image_width is not None:
             self.U1, self.b1 = _linear(image_width, rank, precision)
             self.U2, self.b2 = _linear(rank, source, precision)
-
-    def delta(
-        self, h: Float[Tensor, "rows width"], v: Float[Tensor, "batch image"]
-    ) -> Float[Tensor, "rows #batch rank"]:
-        """`k + K z`, the change of each row in the coordinates of `R`; batch 1 unconditioned."""
-        dtype, width = h.dtype, h.shape[1]
-        w, b = self.W.to(dtype), self.b.to(dtype)
-        if not self.conditional:
-            return F.linear(h, w - self.R.T, b)[:, None]
-        u2 = self.U2.to(dtype)
-        z = F.linear(v, self.U1.to(dtype), self.b1.to(dtype))
-        fixed = F.linear(h, w[:, :width] + w[:, width:] * self.b2.to(dtype) - self.R.T, b)
-        # K = W2 diag(h) U2 is linear in h: one product for all rows.
-        table = (w[:, None, width:] * u2.T).flatten(0, 1)
-        turned = (h @ table.T).unflatten(1, (len(w), -1))
-        return fixed[:, None] + z @ turned.transpose(1, 2)
-
-    def project(
-        self,
-        h: Float[Tensor, "rows width"],
-        v: Float[Tensor, "batch image"],
-        down: Float[Tensor, "rank width"],
-    ) -> Float[Tensor, "rows #batch rank"]:
-        """`A h'` without dropout: nothing of the rows' width is built per image."""
-        return (h @ down.T)[:, None] + self.delta(h, v) @ (down @ self.R).T
-
-    def project_dropped(
-        self,
-        h: Float[Tensor, "rows width"],
-        v: Float[Tensor, "batch image"],
-        down: Float[Tensor, "rank width"],
-        dropout: float,
-        kept: Bool[Tensor, "rows batch width"] | None = None,
-    ) -> Float[Tensor, "rows batch rank"]:
-        """`A h'` with dropout on every element of h', for each image, class and row anew.
-
-        Without `kept`, the mask is drawn from a seed that comes from torch's global generator.
-        """
-        delta = self.delta(h, v).expand(-1, len(v), -1).contiguous()
-        mask = int(torch.randint(2**62, ())) if kept is None else kept
-        out: Tensor = _DroppedProjection.apply(h, delta, self.R, down, dropout, mask)
-        return out
 
 
 def _linear(inputs: int, outputs: int, precision: torch.dtype) -> tuple[nn.Parameter, nn.Parameter]:
@@ -261,35 +162,116 @@ class PromptStage(nn.Module):
         v: Float[Tensor, "batch image"],
         *,
         dropout: float = 0.0,
-        kept: tuple[Tensor | None, Tensor | None] | None = None,
+        kept: KeptRows | None = None,
     ) -> Stage:
-        """The stage's tokens; with dropout above 0 they are drawn for every image.
+        """This stage alone; see `prompt_stages`."""
+        return prompt_stages([self], rows, v, dropout=dropout, kept=kept and [kept])[0]
 
-        Args:
-            rows: the frozen rows, or None.
-            v: normalised image features.
-            dropout: the rate.
-            kept: keep-masks of the prefix and suffix rows instead of drawn ones.
-        """
-        context = self.context.to(v.dtype)
-        if rows is None or self.projection is None:
-            return Stage(context)
-        down, up = self.projection.A, self.projection.B
 
-        def tokens(group: Intervention | None, h: Tensor, mask: Tensor | None) -> Tensor | None:
-            if group is None:
-                return None
-            if dropout == 0.0:
-                low = group.project(h, v, down)
-            else:
-                mask = None if mask is None else mask.flatten(0, 1)
-                low = group.project_dropped(h, v, down, dropout, mask)
-            return low.unflatten(0, (rows.classes, -1)).permute(2, 0, 1, 3) @ up.T
+def prompt_stages(
+    stages: Sequence[PromptStage],
+    rows: Rows | None,
+    v: Float[Tensor, "batch image"],
+    *,
+    dropout: float = 0.0,
+    kept: Sequence[KeptRows] | None = None,
+) -> list[Stage]:
+    """The tokens of all stages, rows in coordinates; with dropout above 0 drawn for every image.
 
-        masks = kept or (None, None)
-        return Stage(
-            context,
-            tokens(self.prefix, rows.prefix, masks[0]),
-            tokens(self.suffix, rows.suffix, masks[1]),
-            (rows.middle @ down.T) @ up.T,
+    Args:
+        stages: of equal sizes.
+        rows: the frozen rows, or None.
+        v: normalised image features.
+        dropout: the rate.
+        kept: per stage, keep-masks of the prefix and suffix rows instead of drawn ones.
+    """
+    contexts = [s.context.to(v.dtype) for s in stages]
+    projections = [s.projection for s in stages if s.projection is not None]
+    if rows is None or not projections:
+        return [Stage(context) for context in contexts]
+    down = torch.stack([p.A for p in projections])
+    low: dict[str, Sequence[Tensor | None]] = {}
+    for i, name in enumerate(("prefix", "suffix")):
+        group: list[Intervention] = [g for s in stages if (g := getattr(s, name)) is not None]
+        h: Tensor = getattr(rows, name)
+        low[name] = [None] * len(stages)
+        if group:
+            masks = None if kept is None else [pair[i] for pair in kept]
+            found = (
+                project_dropped(group, h, v, down, dropout, kept=masks)
+                if dropout
+                else project(group, h, v, down)
+            )
+            low[name] = [x.unflatten(0, (rows.classes, -1)).permute(2, 0, 1, 3) for x in found]
+    middle = _mapped(rows.middle, down)
+    return [
+        Stage(context, prefix, suffix, between, basis=p.B.T)
+        for context, prefix, suffix, between, p in zip(
+            contexts, low["prefix"], low["suffix"], middle, projections, strict=True
         )
+    ]
+
+
+def changes(
+    group: Sequence[Intervention], h: Float[Tensor, "rows width"], v: Float[Tensor, "batch image"]
+) -> Float[Tensor, "stages rows #batch rank"]:
+    """`delta = k + K z` of each stage, in the coordinates of its `R`; batch 1 unconditioned."""
+    dtype, width, count = h.dtype, h.shape[1], len(group)
+
+    def all_stages(name: str) -> Tensor:
+        return torch.stack([getattr(one, name).to(dtype) for one in group])
+
+    w, b, rotation = all_stages("W"), all_stages("b"), all_stages("R").transpose(1, 2)
+    if not group[0].conditional:
+        return (_mapped(h, w - rotation) + b[:, None])[:, :, None]
+    w1, w2 = w.split(width, dim=-1)
+    fixed = w1 + w2 * all_stages("b2")[:, None] - rotation
+    table = (w2[:, :, None] * all_stages("U2").transpose(1, 2)[:, None]).flatten(1, 2)
+    rank = w.shape[1]
+    k, turned = _mapped(h, torch.cat([fixed, table], dim=1)).split([rank, rank**2], dim=-1)
+    u1, b1 = all_stages("U1").flatten(0, 1), all_stages("b1").flatten()
+    z = F.linear(v, u1, b1).unflatten(1, (count, -1)).permute(1, 2, 0)
+    moved = (turned.reshape(count, -1, rank) @ z).unflatten(1, (len(h), rank))
+    return (k + b[:, None])[:, :, None] + moved.transpose(2, 3)
+
+
+def project(
+    group: Sequence[Intervention],
+    h: Float[Tensor, "rows width"],
+    v: Float[Tensor, "batch image"],
+    down: Float[Tensor, "stages rank width"],
+) -> Float[Tensor, "stages rows #batch rank"]:
+    """`A h'` of each stage without dropout: nothing of the rows' width is built per image."""
+    inner = torch.stack([a @ one.R for a, one in zip(down.unbind(), group, strict=True)])
+    return _mapped(h, down)[:, :, None] + changes(group, h, v) @ inner[:, None].transpose(2, 3)
+
+
+def project_dropped(
+    group: Sequence[Intervention],
+    h: Float[Tensor, "rows width"],
+    v: Float[Tensor, "batch image"],
+    down: Float[Tensor, "stages rank width"],
+    dropout: float,
+    *,
+    kept: Sequence[Tensor | None] | None = None,
+) -> list[Float[Tensor, "rows batch rank"]]:
+    """`A h'` with dropout on every element of h', for each stage, image, class and row anew.
+
+    Without `kept`, a stage's mask is drawn from a seed that torch's global generator gives.
+    """
+    found = []
+    for i, (one, delta) in enumerate(zip(group, changes(group, h, v).unbind(), strict=True)):
+        given = None if kept is None else kept[i]
+        mask: int | Tensor
+        mask = int(torch.randint(2**62, ())) if given is None else given.reshape(len(h), len(v), -1)
+        every = delta.expand(-1, len(v), -1).contiguous()
+        found.append(DroppedProjection.apply(h, every, one.R, down[i], dropout, mask))
+    return found
+
+
+def _mapped(
+    h: Float[Tensor, "rows width"], tables: Float[Tensor, "stages q width"]
+) -> Float[Tensor, "stages rows q"]:
+    """`table h` for the tables of all stages, in one product."""
+    flat = h @ tables.flatten(0, 1).T
+    return flat.unflatten(1, (len(tables), -1)).transpose(0, 1)

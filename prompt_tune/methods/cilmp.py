@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from cache.errors import ModelError, RecipeError
 from prompt_tune.context import start_context
-from prompt_tune.interventions import PromptStage, Rows, Sizes
+from prompt_tune.interventions import KeptRows, PromptStage, Rows, Sizes, prompt_stages
 from prompt_tune.method import Batch, KnowledgeRows, Method, MethodConfig, Problem
 from prompt_tune.towers import PromptLayout
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-StageMasks = Sequence[tuple[Tensor | None, Tensor | None]]
 
 
 class CilmpConfig(MethodConfig):
@@ -146,7 +145,7 @@ class CILMP(Method):
         return F.normalize(self.backbone.image.encode(batch.images, prompts), dim=-1)
 
     def text_features(
-        self, v: Float[Tensor, "batch embed"], kept: StageMasks | None = None
+        self, v: Float[Tensor, "batch embed"], kept: Sequence[KeptRows] | None = None
     ) -> Float[Tensor, "#batch classes embed"]:
         """Text features of every class, before normalisation, for each image feature.
 
@@ -156,14 +155,12 @@ class CILMP(Method):
                 batch, width]`; without them dropout is drawn in training and absent in evaluation.
         """
         dropout = self.settings.dropout if self.training or kept is not None else 0.0
-        stages = [
-            self._stage(k)(self.rows, v, dropout=dropout, kept=kept[k] if kept else None)
-            for k in range(len(self.stage))
-        ]
+        every = [self._stage(k) for k in range(len(self.stage))]
+        stages = prompt_stages(every, self.rows, v, dropout=dropout, kept=kept)
         return self.backbone.text.encode(self.layout, stages)
 
     def logits(
-        self, batch: Batch, kept: StageMasks | None = None
+        self, batch: Batch, kept: Sequence[KeptRows] | None = None
     ) -> Float[Tensor, "batch classes"]:
         """Scaled cosine similarities; every image has text features of its own."""
         v = self.image_features(batch)

@@ -1,7 +1,14 @@
-"""Attention of a few live queries over keys that are stored at their smallest shape."""
+"""Attention of a few live queries over keys that are stored at their smallest shape.
+
+Keys and values are tensors, or coordinates c of positions in the keys and values of a basis, with
+f times those of an offset where there is one; only c and f depend on the image:
+
+    q . key = (key(basis)^T q) . c + f (q . key(offset)),
+    sum_j a_j value_j = value(basis) (sum_j a_j c_j) + sum_j a_j f_j value(offset_j).
+"""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +18,117 @@ from torch import Tensor
 
 from prompt_tune.towers.parts import Part
 
+Query = Float[Tensor, "b c heads n d"]
+Scores = Float[Tensor, "b c heads n m"]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class KeyValue:
-    """Keys and values of one part: `[b or 1, classes or 1, heads, positions, head width]`."""
+    """Keys and values of some parts: `[b or 1, classes or 1, heads, positions, head width]`."""
 
-    part: Part
+    parts: tuple[Part, ...]
     key: Float[Tensor, "b c heads m d"]
     value: Float[Tensor, "b c heads m d"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images and classes."""
+        return self.key.shape[0], self.key.shape[1]
+
+    def dense(self) -> "KeyValue":
+        """Itself."""
+        return self
+
+    @property
+    def shared(self) -> "KeyValue | None":
+        """What all images and classes have in common."""
+        return self if self.shape == (1, 1) else None
+
+    def scores(self, query: Query, shared: Tensor | None) -> Scores:
+        """Every query with every key, from the scores of what is shared where they are known."""
+        return self.products(query) if shared is None else shared
+
+    def summed(self, weights: Scores) -> tuple[Scores | None, Query | None]:
+        """The weights of the values that are shared, and the weighted sum of the others."""
+        return (weights, None) if self.shape == (1, 1) else (None, self.sums(weights))
+
+    def products(self, query: Query) -> Scores:
+        """`q . key`."""
+        return _product("bchnd", query, "hmd", self.key, "bchnm")
+
+    def sums(self, weights: Scores) -> Query:
+        """`sum_j a_j value_j`."""
+        return _product("bchnm", weights, "hmd", self.value, "bchnd")
+
+    @staticmethod
+    def of(keys: Sequence["KeyValue"]) -> "KeyValue":
+        """Several of one shape as one."""
+        if len(keys) == 1:
+            return keys[0]
+        key, value = (
+            torch.cat(x, dim=3) for x in zip(*((k.key, k.value) for k in keys), strict=True)
+        )
+        return KeyValue(tuple(p for k in keys for p in k.parts), key, value)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankKeyValue:
+    """Keys and values of some parts, in coordinates.
+
+    Args:
+        parts: whose they are.
+        rows: the coordinates, and the offset's factor behind them.
+        basis: key and value of what the coordinates count, `[1, 1, heads, E, head width]`.
+        offset: key and value of every position's offset, `[1, classes, heads, m, head width]`.
+    """
+
+    parts: tuple[Part, ...]
+    rows: Float[Tensor, "b c m e"]
+    basis: KeyValue
+    offset: KeyValue | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images and classes."""
+        return self.rows.shape[0], self.rows.shape[1]
+
+    @property
+    def _rank(self) -> int:
+        return self.basis.key.shape[3]
+
+    def dense(self) -> KeyValue:
+        """Keys and values written out."""
+        rows = self.rows[:, :, None]
+        key, value = (rows[..., : self._rank] @ x for x in (self.basis.key, self.basis.value))
+        if self.offset is not None:
+            factor = rows[..., self._rank :]
+            key, value = key + factor * self.offset.key, value + factor * self.offset.value
+        return KeyValue(self.parts, key, value)
+
+    @property
+    def shared(self) -> KeyValue:
+        """The basis."""
+        return self.basis
+
+    def scores(self, query: Query, shared: Scores | None) -> Scores:
+        """Every query with every key, from the scores of the basis where they are known."""
+        shared = self.basis.products(query) if shared is None else shared
+        rows = self.rows[..., : self._rank].transpose(2, 3)
+        out = (shared.flatten(2, 3) @ rows).unflatten(2, shared.shape[2:4])
+        if self.offset is None:
+            return out
+        return out + self.offset.products(query) * self.rows[:, :, None, None, :, self._rank]
+
+    def summed(self, weights: Scores) -> tuple[Scores, Query | None]:
+        """The weights of the basis, and the weighted sum of the offsets."""
+        inner = weights.flatten(2, 3) @ self.rows[..., : self._rank]
+        inner = inner.unflatten(2, weights.shape[2:4])
+        if self.offset is None:
+            return inner, None
+        return inner, self.offset.sums(weights * self.rows[:, :, None, None, :, self._rank])
+
+
+Keys = KeyValue | LowRankKeyValue
 
 
 def visibility(
@@ -46,22 +156,22 @@ def _cat_positions(parts: Sequence[Part]) -> Tensor:
 
 def attend(
     query: Float[Tensor, "b c heads n d"],
-    keys: Sequence[KeyValue],
+    keys: Sequence[Keys],
     seen: Bool[Tensor, "c n m"] | None,
 ) -> Float[Tensor, "b c heads n d"]:
     """Softmax attention over the concatenation of `keys`, each broadcast over images and classes.
 
     Few queries are scored part by part, so that shared keys and values are never copied per image
-    and class; many queries go through `scaled_dot_product_attention`.
+    and class, and those in coordinates never written out; many queries go through
+    `scaled_dot_product_attention`.
     """
-    batch = max(query.shape[0], *(k.key.shape[0] for k in keys))
-    classes = max(query.shape[1], *(k.key.shape[1] for k in keys))
-    query = query.expand(batch, classes, -1, -1, -1)
-    shared = any(k.key.shape[:2] != (batch, classes) for k in keys)
+    shapes = [(query.shape[0], query.shape[1]), *(k.shape for k in keys)]
+    full = max(b for b, _ in shapes), max(c for _, c in shapes)
+    small = any(isinstance(k, LowRankKeyValue) or k.shape != full for k in keys)
     # Scores, their softmax and one copy, against keys and values: 3 heads n < 2 heads d.
-    if shared and 3 * query.shape[3] < 2 * query.shape[4]:
-        return _by_part(query, keys, seen)
-    return _fused(query, keys, seen)
+    if small and 3 * query.shape[3] < 2 * query.shape[4]:
+        return _by_part(query, keys, seen, full)
+    return _fused(query.expand(*full, -1, -1, -1), [k.dense() for k in keys], seen)
 
 
 def _fused(query: Tensor, keys: Sequence[KeyValue], seen: Tensor | None) -> Tensor:
@@ -83,16 +193,31 @@ def _fused(query: Tensor, keys: Sequence[KeyValue], seen: Tensor | None) -> Tens
     return out.reshape(batch, classes, heads, n, width)
 
 
-def _by_part(query: Tensor, keys: Sequence[KeyValue], seen: Tensor | None) -> Tensor:
+def _by_part(
+    query: Tensor, keys: Sequence[Keys], seen: Tensor | None, full: tuple[int, int]
+) -> Tensor:
     query = query * query.shape[-1] ** -0.5
-    scores = torch.cat([_product("bchnd", query, "hmd", k.key, "bchnm") for k in keys], dim=-1)
+    common = [k.shared for k in keys if k.shared is not None]
+    together = KeyValue.of(common) if common else None
+    pieces = _scores(query, keys, together)
+    scores = torch.cat([p.expand(*full, -1, -1, -1) for p in pieces], dim=-1)
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None], -torch.inf)
-    weights = scores.softmax(dim=-1).split([k.key.shape[3] for k in keys], dim=-1)
-    out = [
-        _product("bchnm", w, "hmd", k.value, "bchnd") for w, k in zip(weights, keys, strict=True)
-    ]
+    weights = scores.softmax(dim=-1).split([p.shape[-1] for p in pieces], dim=-1)
+    parts = [k.summed(w) for w, k in zip(weights, keys, strict=True)]
+    out = [own for _, own in parts if own is not None]
+    if together is not None:
+        inner = [w for w, _ in parts if w is not None]
+        out.append(together.sums(torch.cat(inner, dim=-1)))
     return functools.reduce(torch.add, out)
+
+
+def _scores(query: Query, keys: Sequence[Keys], together: KeyValue | None) -> list[Scores]:
+    shared: Iterator[Scores] = iter(())
+    if together is not None:
+        sizes = [k.shared.key.shape[3] for k in keys if k.shared is not None]
+        shared = iter(together.products(query).split(sizes, dim=-1))
+    return [k.scores(query, None if k.shared is None else next(shared)) for k in keys]
 
 
 def _product(left: str, a: Tensor, right: str, b: Tensor, out: str) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from open_clip import hf_model
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import BertModel
 
 from cache.errors import ModelError
 from prompt_tune.towers.layout import END
+from prompt_tune.towers.parts import Stream
 from prompt_tune.towers.text import Outputs, TextTower, padded
 
 _ALL = frozenset({"start", "context", "prefix", "middle", "suffix", "name", END})
@@ -23,19 +25,19 @@ class BertBlock:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.heads = int(layer.attention.self.num_attention_heads)
-
-    def enter(self, x: Tensor) -> Tensor:
-        """The input as it is."""
-        return x
+        self.norm: nn.LayerNorm | None = None
 
     def query(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
         """Query projection."""
         return self.layer.attention.self.query(entered)
 
-    def key_value(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n 2w"]:
-        """Key projection, then value projection."""
-        attention = self.layer.attention.self
-        return torch.cat([attention.key(entered), attention.value(entered)], dim=-1)
+    def key_value(
+        self, entered: Float[Tensor, "b n w"], *, bias: bool = True
+    ) -> Float[Tensor, "b n 2w"]:
+        """Key projection, then value projection, with or without their biases."""
+        both = self.layer.attention.self.key, self.layer.attention.self.value
+        pair = [F.linear(entered, one.weight, one.bias if bias else None) for one in both]
+        return torch.cat(pair, dim=-1)
 
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
@@ -78,6 +80,7 @@ class BertTextTower(TextTower):
         super().__init__(encoder, tokenizer, min(positions, int(tokenizer.context_length)))
         self.encoder, self.bert = encoder, bert
         self.blocks = [BertBlock(layer) for layer in bert.encoder.layer]
+        self.first_norm = bert.embeddings.LayerNorm
         self.width = int(bert.config.hidden_size)
         self.embed_dim = _out(encoder.proj, self.width)
         self.mean = pooler is hf_model.MeanPooler
@@ -95,10 +98,10 @@ class BertTextTower(TextTower):
         out = self.encoder(padded(ids, max(map(len, ids)), pad, self.device))
         return out[0] if isinstance(out, tuple) else out
 
-    def _first(self, x: Float[Tensor, "b size w"], at: Tensor) -> Float[Tensor, "b size w"]:
+    def _positions(self) -> Float[Tensor, "positions w"]:
         table = self.bert.embeddings
-        x = x + table.token_type_embeddings.weight[0]
-        return table.LayerNorm(x + table.position_embeddings.weight[at])
+        positions = table.position_embeddings.weight[: self.context_length]
+        return positions + table.token_type_embeddings.weight[0]
 
     def _pool(self, outputs: Outputs) -> Float[Tensor, "b classes embed"]:
         if self.mean:
@@ -114,7 +117,7 @@ def _mean(outputs: Outputs) -> Float[Tensor, "b classes w"]:
     totals, counts = [], []
     for part, x in outputs.values():
         valid = part.on(x.device).valid
-        table = part.unpack(x)
+        table = Stream(x, (part,)).table()
         totals.append((table if part.even else table.where(valid[:, :, None], 0)).sum(dim=2))
         counts.append(valid.sum(dim=1, keepdim=True))
     return functools.reduce(torch.add, totals) / functools.reduce(torch.add, counts)

@@ -3,12 +3,31 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from open_clip.transformer import ResidualAttentionBlock
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from cache.errors import ModelError
+
+_QUICK = 1.702
+
+
+class _QuickGelu(torch.autograd.Function):
+    """`x sigmoid(1.702 x) = silu(1.702 x) / 1.702`, which keeps its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.silu(x * _QUICK, inplace=True).div_(_QUICK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad, x * _QUICK)
 
 
 class ClipBlock:
@@ -17,28 +36,34 @@ class ClipBlock:
     def __init__(self, block: Any) -> None:
         self.block = block
         self.heads = int(block.attn.num_heads)
-
-    def enter(self, x: Tensor) -> Tensor:
-        """The normalised input."""
-        return self.block.ln_1(x)
+        self.norm: nn.LayerNorm | None = block.ln_1
 
     def query(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
         """Query projection."""
         return self._project(entered, slice(None, entered.shape[-1]))
 
-    def key_value(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n 2w"]:
-        """Key projection, then value projection."""
-        return self._project(entered, slice(entered.shape[-1], None))
+    def key_value(
+        self, entered: Float[Tensor, "b n w"], *, bias: bool = True
+    ) -> Float[Tensor, "b n 2w"]:
+        """Key projection, then value projection, with or without their biases."""
+        return self._project(entered, slice(entered.shape[-1], None), bias=bias)
 
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
         x = x + self.block.ls_1(self.block.attn.out_proj(attended))
-        return x + self.block.ls_2(self.block.mlp(self.block.ln_2(x)))
+        return x + self.block.ls_2(self._mlp(self.block.ln_2(x)))
 
-    def _project(self, x: Tensor, rows: slice) -> Tensor:
-        bias = self.block.attn.in_proj_bias
-        weight = self.block.attn.in_proj_weight[rows]
-        return F.linear(x, weight, None if bias is None else bias[rows])
+    def _mlp(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
+        mlp = self.block.mlp
+        if type(mlp.gelu) is not QuickGELU:
+            return mlp(x)
+        hidden: Tensor = _QuickGelu.apply(mlp.c_fc(x))
+        return mlp.c_proj(hidden)
+
+    def _project(self, x: Tensor, rows: slice, *, bias: bool = True) -> Tensor:
+        attention = self.block.attn
+        added = attention.in_proj_bias if bias else None
+        return F.linear(x, attention.in_proj_weight[rows], None if added is None else added[rows])
 
 
 def clip_blocks(transformer: nn.Module, tower: str) -> Sequence[ClipBlock]:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cache.errors import ModelError
+from prompt_tune.towers import live
 from prompt_tune.towers.clip_blocks import clip_blocks
 from prompt_tune.towers.layout import END, PromptLayout
 from prompt_tune.towers.parts import Stream
@@ -72,17 +73,17 @@ class ClipTextTower(TextTower):
         known = self._start.setdefault((layout.start_id, self.device, self.dtype), [])
         with torch.no_grad():
             if not known:
-                known.append(
-                    self._first(self.embed([layout.start_id])[None], start.on(self.device).flat)
-                )
+                first = self._placed(Stream(self.embed([layout.start_id])[None], (start,)))
+                known.append(first.dense().x)
             while len(known) <= k:
                 x, block = known[-1], self.blocks[len(known) - 1]
-                value = block.key_value(block.enter(x))[..., self.width :]
+                entered = live.entered(block, Stream(x, (start,))).dense()
+                value = block.key_value(entered.x)[..., self.width :]
                 known.append(block.close(x, value))
         return [Stream(known[k], (start,))]
 
-    def _first(self, x: Float[Tensor, "b size w"], at: Tensor) -> Float[Tensor, "b size w"]:
-        return x + self.module.positional_embedding[at]  # type: ignore[index]
+    def _positions(self) -> Float[Tensor, "positions w"]:
+        return self.module.positional_embedding  # type: ignore[return-value]
 
     def _pool(self, outputs: Outputs) -> Float[Tensor, "b classes embed"]:
         _, x = outputs[END]

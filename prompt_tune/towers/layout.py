@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cache.errors import ModelError, PromptOverflowError
+from prompt_tune.towers.lowrank import LowRank
 from prompt_tune.towers.parts import Part, Stream
 
 _RANK = {n: i for i, n in enumerate(("start", "context", "prefix", "middle", "suffix", "name"))}
@@ -26,6 +28,9 @@ class Stage:
     A part left None has no positions in the layout; at blocks after the first it may also mean
     that the part is carried through from the block before.
 
+    With a `basis` the rows are coordinates in it: the width of prefix, suffix and middle is then
+    its rank r, and what stands at a position is `row @ basis`.
+
     Args:
         context: `[n_context, width]` shared by all classes, or `[classes, n_context, width]`, or
             `[batch, classes, n_context, width]` where it depends on the image.
@@ -33,12 +38,14 @@ class Stage:
         suffix: `[batch or 1, classes, s, width]`, the last rows; may depend on the image.
         middle: `[sum over classes of (rows - p - s), width]`, class after class; the rows between
             prefix and suffix, the same for every image.
+        basis: `[r, width]`, or None for rows that are written out.
     """
 
     context: Float[Tensor, "*batch_classes n_context width"] | None
     prefix: Float[Tensor, "batch classes p width"] | None = None
     suffix: Float[Tensor, "batch classes s width"] | None = None
     middle: Float[Tensor, "rows width"] | None = None
+    basis: Float[Tensor, "r width"] | None = None
 
 
 class Tokenizing(Protocol):
@@ -128,11 +135,14 @@ class PromptLayout:
             lengths=lengths,
         )
 
-    def streams(self, stage: Stage, *, complete: bool) -> list[Stream]:
-        """The rows of a stage, each part by itself.
+    def streams(
+        self, stage: Stage, dtype: torch.dtype, *, complete: bool
+    ) -> list[Stream | LowRank]:
+        """The rows of a stage, each part by itself, or those of a basis together.
 
         Args:
             stage: what to place.
+            dtype: the tower's.
             complete: whether every prompt part of the layout must be given.
         """
         given = {
@@ -141,7 +151,7 @@ class PromptLayout:
             "middle": stage.middle,
             "suffix": stage.suffix,
         }
-        streams = []
+        streams = {}
         for name, x in given.items():
             part = self.parts.get(name)
             empty = x is None or x.shape[-2] == 0
@@ -149,8 +159,10 @@ class PromptLayout:
                 message = f"stage and layout differ in whether there is a {name}"
                 raise ValueError(message)
             if part is not None and x is not None:
-                streams.append(_stream(part, x, self.classes))
-        return streams
+                streams[name] = _stream(part, x, self.classes)
+        rows = [s for name, s in streams.items() if stage.basis is not None and name != "context"]
+        full = [Stream(s.x.to(dtype), s.parts) for s in streams.values() if s not in rows]
+        return [*full, *_low(rows, stage.basis, dtype)]
 
 
 def _stream(part: Part, x: Tensor, classes: int) -> Stream:
@@ -162,6 +174,15 @@ def _stream(part: Part, x: Tensor, classes: int) -> Stream:
         raise ValueError(message)
     batch = x.shape[0] if x.ndim == 4 else 1
     return Stream(x.reshape(batch, part.size, x.shape[-1]), (part,))
+
+
+def _low(streams: Sequence[Stream], basis: Tensor | None, dtype: torch.dtype) -> list[LowRank]:
+    if basis is None or not streams:
+        return []
+    together, wide = Stream.of(streams), torch.promote_types(dtype, torch.float32)
+    return [
+        LowRank(Stream(together.x.to(wide), together.parts), basis.to(wide).contiguous(), dtype)
+    ]
 
 
 def _check_rows(names: Sequence[str], counts: Sequence[int], intervened: tuple[int, int]) -> None:

@@ -7,34 +7,40 @@ At block k the output of position p is computed if and only if
 
 A position replaced at block k+1 gives block k its keys and values and nothing else. Every state is
 kept at the smallest shape it has: what depends neither on the image nor on the class is computed
-once, what depends only on the class once per class. The result, gradients included, is that of the
-full computation.
+once, what depends only on the class once per class, and rows of low rank stay coordinates until an
+output of theirs is needed. The result, gradients included, is that of the full computation.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from prompt_tune.towers.attention import KeyValue, attend, visibility
+from prompt_tune.towers.attention import Keys, KeyValue, LowRankKeyValue, attend, visibility
+from prompt_tune.towers.lowrank import LowRank
 from prompt_tune.towers.parts import Part, Stream
+
+Rows = Stream | LowRank
 
 
 class Block(Protocol):
-    """One frozen transformer block, taken apart."""
+    """One frozen transformer block, taken apart.
+
+    `norm` is the LayerNorm through which queries, keys and values see the input, if they do.
+    """
 
     heads: int
-
-    def enter(self, x: Tensor) -> Tensor:
-        """What queries, keys and values are projected from: the normalised input, or the input."""
+    norm: nn.LayerNorm | None
 
     def query(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
         """Query projection."""
 
-    def key_value(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n 2w"]:
-        """Key projection, then value projection."""
+    def key_value(
+        self, entered: Float[Tensor, "b n w"], *, bias: bool = True
+    ) -> Float[Tensor, "b n 2w"]:
+        """Key projection, then value projection, with or without their biases."""
 
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
@@ -45,8 +51,8 @@ _Masks = dict[tuple[tuple[str, ...], tuple[str, ...]], Bool[Tensor, "c n m"] | N
 
 def run(
     blocks: Sequence[Block],
-    inputs: Sequence[Stream],
-    replaced: Sequence[Sequence[Stream]],
+    inputs: Sequence[Rows],
+    replaced: Sequence[Sequence[Rows]],
     *,
     read: Collection[str],
     causal: bool,
@@ -60,18 +66,23 @@ def run(
         read: names of the parts that pooling reads.
         causal: a query sees its own position and earlier ones only.
     """
-    streams, masks = list(inputs), _Masks()
+    streams, outputs, masks = list(inputs), list[Stream](), _Masks()
     for k, block in enumerate(blocks):
         if k:
-            streams = [*streams, *replaced[k]]
+            streams = [*outputs, *replaced[k]]
         present = {p.name for s in streams for p in s.parts}
         if k == len(blocks) - 1:
             alive = present & set(read)
         else:
             alive = present - {p.name for s in replaced[k + 1] for p in s.parts}
         step = _Step(block, streams, masks, causal=causal)
-        streams = [step.output(*group) for group in _groups(streams, alive, causal=causal)]
-    return {p.name: (p, x) for s in streams for x, p in zip(s.split(), s.parts, strict=True)}
+        outputs = [step.output(*group) for group in _groups(streams, alive, causal=causal)]
+    return {p.name: (p, x) for s in outputs for x, p in zip(s.split(), s.parts, strict=True)}
+
+
+def entered(block: Block, rows: Rows) -> Rows:
+    """What queries, keys and values are projected from: the normalised input, or the input."""
+    return rows if block.norm is None else rows.normed(block.norm)
 
 
 def _visible(part: Part, parts: Iterable[Part], *, causal: bool) -> list[Part]:
@@ -79,7 +90,7 @@ def _visible(part: Part, parts: Iterable[Part], *, causal: bool) -> list[Part]:
 
 
 def _groups(
-    streams: Sequence[Stream], alive: Collection[str], *, causal: bool
+    streams: Sequence[Rows], alive: Collection[str], *, causal: bool
 ) -> list[tuple[int, tuple[str, ...]]]:
     """Live parts whose outputs depend on the same things, as (classes, names)."""
     batch = {p.name: s.batch for s in streams for p in s.parts}
@@ -94,36 +105,69 @@ def _groups(
 
 
 class _Keys:
-    """Keys and values of each part, projected when first seen and at the shape of their stream."""
+    """Keys and values, projected when first seen and at the shape of their stream."""
 
-    def __init__(self, block: Block, entered: Sequence[Stream]) -> None:
+    def __init__(self, block: Block, entered: Sequence[Rows]) -> None:
         self.block, self.entered = block, entered
         self.parts = [p for s in entered for p in s.parts]
-        self.known: dict[str, KeyValue] = {}
+        self.projected: list[list[Stream]] = [[] for _ in entered]
+        self.bases: dict[int, KeyValue] = {}
 
-    def of(self, parts: Sequence[Part]) -> list[KeyValue]:
-        missing = {p.name for p in parts} - set(self.known)
-        for stream in self.entered:
-            if missing & {p.name for p in stream.parts}:
-                self._project(stream.only(missing))
-        return [self.known[p.name] for p in parts]
+    def of(self, parts: Sequence[Part]) -> list[Keys]:
+        """Those of some parts; the rows of one basis together."""
+        names = {p.name for p in parts}
+        keys: list[Keys] = []
+        for k, stream in enumerate(self.entered):
+            if names.isdisjoint(p.name for p in stream.parts):
+                continue
+            found = stream.only(names)
+            if isinstance(found, LowRank):
+                keys.append(self._in_coordinates(k, found))
+            else:
+                keys.extend(self._written_out(k, found))
+        return keys
 
-    def _project(self, stream: Stream) -> None:
-        projected = Stream(self.block.key_value(stream.x), stream.parts)
-        for part, x in zip(stream.parts, projected.split(), strict=True):
-            table = part.unpack(x).unflatten(-1, (2, self.block.heads, -1))
-            key, value = table.permute(3, 0, 1, 4, 2, 5).unbind(0)
-            self.known[part.name] = KeyValue(part, key, value)
+    def _written_out(self, k: int, stream: Stream) -> Iterator[KeyValue]:
+        known, names = self.projected[k], {p.name for p in stream.parts}
+        missing = names - {p.name for s in known for p in s.parts}
+        if missing:
+            new = stream.only(missing)
+            known.append(Stream(self.block.key_value(new.x), new.parts))
+        for some in known:
+            for classes in dict.fromkeys(p.classes for p in some.parts):
+                wanted = {p.name for p in some.parts if p.classes == classes} & names
+                if wanted:
+                    alike = some.only(wanted)
+                    yield self._key_value(alike.parts, alike.table())
+
+    def _in_coordinates(self, k: int, low: LowRank) -> LowRankKeyValue:
+        if k not in self.bases:
+            linear = self.block.key_value(low.basis.to(low.dtype), bias=False)
+            shift = torch.zeros_like(low.basis[0]) if low.shift is None else low.shift
+            constant = self.block.key_value(shift[None].to(low.dtype))
+            self.bases[k] = self._key_value((), torch.cat([linear, constant])[None, None])
+        offset = None
+        if low.offset is not None:
+            every = self.block.key_value(low.offset.to(low.dtype), bias=False)
+            at = torch.cat([p.on(every.device).position for p in low.parts], dim=1)
+            offset = self._key_value(low.parts, every[at.clamp(min=0)][None])
+        one = torch.ones_like(low.rows.x[..., :1])
+        rows = Stream(torch.cat([low.coordinates, one, low.factor], dim=-1), low.parts)
+        return LowRankKeyValue(low.parts, rows.table().to(low.dtype), self.bases[k], offset)
+
+    def _key_value(self, parts: tuple[Part, ...], x: Float[Tensor, "b c m 2w"]) -> KeyValue:
+        table = x.unflatten(-1, (2, self.block.heads, -1))
+        return KeyValue(parts, *table.permute(3, 0, 1, 4, 2, 5).unbind(0))
 
 
 class _Step:
     """One block over the streams that enter it."""
 
     def __init__(
-        self, block: Block, streams: Sequence[Stream], masks: _Masks, *, causal: bool
+        self, block: Block, streams: Sequence[Rows], masks: _Masks, *, causal: bool
     ) -> None:
         self.block, self.streams, self.masks, self.causal = block, streams, masks, causal
-        self.entered = [Stream(block.enter(s.x), s.parts) for s in streams]
+        self.entered = [entered(block, s) for s in streams]
         self.keys = _Keys(block, self.entered)
 
     def output(self, classes: int, names: tuple[str, ...]) -> Stream:
@@ -133,12 +177,12 @@ class _Step:
         parts = here.parts
         last = max(parts, key=lambda p: p.rank)
         seen = self.keys.of(_visible(last, self.keys.parts, causal=self.causal))
-        mask = self._mask(parts, [k.part for k in seen], here.x.device)
+        mask = self._mask(parts, [p for k in seen for p in k.parts], here.x.device)
 
-        query = _table(Stream(self.block.query(entered.x), parts))
+        query = Stream(self.block.query(entered.x), parts).table()
         query = query.unflatten(-1, (self.block.heads, -1)).transpose(2, 3)
         out = attend(query, seen, mask).transpose(2, 3).flatten(-2)
-        return Stream(self.block.close(here.x, _packed(out, parts)), parts)
+        return Stream(self.block.close(here.x, Stream.packed(out, parts).x), parts)
 
     def _mask(
         self, queries: Sequence[Part], keys: Sequence[Part], device: torch.device
@@ -149,23 +193,6 @@ class _Step:
         return self.masks[names]
 
 
-def _select(streams: Sequence[Stream], names: Collection[str]) -> Stream:
-    wanted = [s for s in streams if any(p.name in names for p in s.parts)]
-    return Stream.of([s.only(names) for s in wanted])
-
-
-def _table(stream: Stream) -> Float[Tensor, "b c n w"]:
-    """All parts of every class side by side, padded."""
-    if all(p.classes == 1 for p in stream.parts):
-        return stream.x.unsqueeze(1)
-    tables = [p.unpack(x) for p, x in zip(stream.parts, stream.split(), strict=True)]
-    return tables[0] if len(tables) == 1 else torch.cat(tables, dim=2)
-
-
-def _packed(table: Float[Tensor, "b c n w"], parts: Sequence[Part]) -> Float[Tensor, "b s w"]:
-    """The inverse of `_table`."""
-    if all(p.classes == 1 for p in parts):
-        return table.squeeze(1)
-    pieces = table.split([p.longest for p in parts], dim=2)
-    packed = [p.pack(x) for p, x in zip(parts, pieces, strict=True)]
-    return packed[0] if len(packed) == 1 else torch.cat(packed, dim=1)
+def _select(streams: Sequence[Rows], names: Collection[str]) -> Stream:
+    wanted = [s.only(names) for s in streams if any(p.name in names for p in s.parts)]
+    return Stream.of([s.dense() for s in wanted])

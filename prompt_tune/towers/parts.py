@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _Gather(torch.autograd.Function):
@@ -40,9 +40,16 @@ class _Tables:
 
     position: Int[Tensor, "classes longest"]  # -1 where a class has fewer
     flat: Int[Tensor, "size"]
+    valid: Bool[Tensor, "classes longest"]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Where the rows of several parts stand in a padded table of all classes, on one device."""
+
     unpack: Int[Tensor, "padded"]
     pack: Int[Tensor, "size"]
-    valid: Bool[Tensor, "classes longest"]
+    valid: Bool[Tensor, "padded 1"]
 
 
 class Part:
@@ -60,44 +67,44 @@ class Part:
         self.classes = len(self.positions)
         self.longest = max(len(p) for p in self.positions)
         self.size = sum(len(p) for p in self.positions)
+        self.end = 1 + max(max(p, default=-1) for p in self.positions)
         self.even = self.size == self.classes * self.longest
         self._tables: dict[torch.device, _Tables] = {}
+        self._sides: dict[tuple[tuple[Part, ...], torch.device], _Side] = {}
+        self._over: dict[int, Part] = {}
 
     def over(self, classes: int) -> "Part":
         """The same part, repeated for every class where it was shared."""
         if self.classes == classes:
             return self
-        return Part(self.name, self.rank, self.positions * classes)
+        if classes not in self._over:
+            self._over[classes] = Part(self.name, self.rank, self.positions * classes)
+        return self._over[classes]
 
     def on(self, device: torch.device) -> _Tables:
         """The index tensors on `device`."""
         if device not in self._tables:
-            self._tables[device] = self._build(device)
+            padded = [list(p) + [-1] * (self.longest - len(p)) for p in self.positions]
+            position = torch.tensor(padded, dtype=torch.long).reshape(self.classes, self.longest)
+            tables = position, position[position >= 0], position >= 0
+            self._tables[device] = _Tables(*(t.to(device) for t in tables))
         return self._tables[device]
 
-    def _build(self, device: torch.device) -> _Tables:
-        padded = [list(p) + [-1] * (self.longest - len(p)) for p in self.positions]
-        position = torch.tensor(padded, dtype=torch.long).reshape(self.classes, self.longest)
-        valid = position >= 0
-        pack = valid.flatten().nonzero().flatten()
-        unpack = (valid.flatten().cumsum(0) - 1).clamp(min=0)
-        tables = (position, position.flatten()[pack], unpack, pack, valid)
-        return _Tables(*(t.to(device) for t in tables))
-
-    def unpack(self, x: Float[Tensor, "b size w"]) -> Float[Tensor, "b classes longest w"]:
-        """Packed rows as a padded table; what stands in the padding is arbitrary."""
-        if not self.even:
-            tables = self.on(x.device)
-            x = _Gather.apply(x, tables.unpack, tables.pack, None)
-        return x.reshape(x.shape[0], self.classes, self.longest, x.shape[-1])
-
-    def pack(self, x: Float[Tensor, "b classes longest w"]) -> Float[Tensor, "b size w"]:
-        """The rows of a padded table that exist."""
-        x = x.reshape(x.shape[0], self.classes * self.longest, x.shape[-1])
-        if self.even:
-            return x
-        tables = self.on(x.device)
-        return _Gather.apply(x, tables.pack, tables.unpack, tables.valid.flatten()[:, None])
+    def beside(self, others: tuple["Part", ...], device: torch.device) -> _Side:
+        """Index tensors of this part and others, of equally many classes, side by side."""
+        if (others, device) not in self._sides:
+            parts, begin, places = (self, *others), 0, []
+            for part in parts:
+                valid = part.on(torch.device("cpu")).valid
+                count = valid.flatten().cumsum(0).view_as(valid) - 1 + begin
+                places.append(count.masked_fill(~valid, -1))
+                begin += part.size
+            row = torch.cat(places, dim=1).flatten()
+            pack = torch.empty(begin, dtype=torch.long)
+            pack[row[row >= 0]] = (row >= 0).nonzero().flatten()
+            tables = row.clamp(min=0), pack, (row >= 0)[:, None]
+            self._sides[others, device] = _Side(*(t.to(device) for t in tables))
+        return self._sides[others, device]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +123,40 @@ class Stream:
         """The states of each part; views."""
         return self.x.split([p.size for p in self.parts], dim=1)
 
+    def table(self) -> Float[Tensor, "b classes longest w"]:
+        """The parts of every class side by side; what stands in the padding is arbitrary."""
+        first, *others = self.parts
+        x = self.x
+        if first.classes > 1 and (others or not first.even):
+            side = first.beside(tuple(others), x.device)
+            x = _Gather.apply(x, side.unpack, side.pack, None)
+        return x.unflatten(1, (first.classes, -1))
+
+    @staticmethod
+    def packed(table: Float[Tensor, "b classes longest w"], parts: tuple[Part, ...]) -> "Stream":
+        """The inverse of `table`."""
+        first, *others = parts
+        x = table.flatten(1, 2)
+        if first.classes > 1 and (others or not first.even):
+            side = first.beside(tuple(others), x.device)
+            x = _Gather.apply(x, side.pack, side.unpack, side.valid)
+        return Stream(x, parts)
+
     def positions(self) -> Int[Tensor, "size"]:
         """The place of every row in its class's sequence."""
         return torch.cat([p.on(self.x.device).flat for p in self.parts])
+
+    def plus(self, offset: Float[Tensor, "positions w"]) -> "Stream":
+        """The states with a vector of their position added."""
+        return Stream(self.x + offset[self.positions()], self.parts)
+
+    def normed(self, norm: nn.LayerNorm) -> "Stream":
+        """LayerNorm of every state."""
+        return Stream(norm(self.x), self.parts)
+
+    def dense(self) -> "Stream":
+        """Itself: these states are written out."""
+        return self
 
     def only(self, names: Collection[str]) -> "Stream":
         """The stream of some of the parts."""
@@ -148,7 +186,7 @@ class Stream:
 
     @staticmethod
     def grouped(streams: Sequence["Stream"]) -> list["Stream"]:
-        """The same rows in as few streams as there are batches."""
+        """The same states in as few streams as there are batches."""
         by_batch: dict[int, list[Stream]] = {}
         for stream in streams:
             by_batch.setdefault(stream.batch, []).append(stream)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cache.errors import ModelError, PromptOverflowError
 from prompt_tune.towers import live
 from prompt_tune.towers.layout import END, PromptLayout, Stage
+from prompt_tune.towers.lowrank import LowRank
 from prompt_tune.towers.parts import Part, Stream
 from prompt_tune.towers.tokens import token_ids
 
@@ -32,6 +33,7 @@ class TextTower(ABC):
     width: int
     embed_dim: int
     blocks: Sequence[live.Block]
+    first_norm: nn.LayerNorm | None = None
 
     def __init__(self, module: nn.Module, tokenizer: Any, context_length: int) -> None:
         self.module = module.eval().requires_grad_(requires_grad=False)
@@ -104,14 +106,14 @@ class TextTower(ABC):
                 wanted=f"1 to {self.depth}",
                 do="Change method.text_depth.",
             )
-        inputs = [self._place(s) for s in self._inputs(layout, stages[0])]
+        inputs = [self._placed(s) for s in self._inputs(layout, stages[0])]
         replaced = [self._replaced(layout, stages, k) for k in range(self.depth)]
         read = self.reads & set(layout.parts)
         causal = self.kind == "causal"
         outputs = live.run(self.blocks, inputs, replaced, read=read, causal=causal)
         return self._pool(outputs)
 
-    def _inputs(self, layout: PromptLayout, stage: Stage) -> list[Stream]:
+    def _inputs(self, layout: PromptLayout, stage: Stage) -> list[live.Rows]:
         names = [i for own in layout.name_ids for i in own]
         tokens = self.embed([layout.start_id, *names, *[layout.end_id] * layout.classes])
         sizes = [layout.parts[p].size if p in layout.parts else 0 for p in ("start", "name", END)]
@@ -119,27 +121,26 @@ class TextTower(ABC):
         parts = [layout.parts[p] for p in ("name", END) if p in layout.parts]
         given = [
             Stream(start, (layout.parts["start"],)),
-            *self._cast(layout.streams(stage, complete=True)),
+            *layout.streams(stage, self.dtype, complete=True),
             Stream(torch.cat(rest, dim=1), tuple(parts)),
         ]
-        return Stream.grouped(given)
+        return _grouped(given)
 
-    def _replaced(self, layout: PromptLayout, stages: Sequence[Stage], k: int) -> list[Stream]:
+    def _replaced(self, layout: PromptLayout, stages: Sequence[Stage], k: int) -> list[live.Rows]:
         """What overwrites the input of block k."""
-        given = self._constant(layout, k)
+        given: list[live.Rows] = [*self._constant(layout, k)]
         if k < len(stages):
-            given += self._cast(layout.streams(stages[k], complete=False))
-        return Stream.grouped(given)
+            given += layout.streams(stages[k], self.dtype, complete=False)
+        return _grouped(given)
 
     def _constant(self, layout: PromptLayout, k: int) -> list[Stream]:  # noqa: ARG002
         """What enters block k whatever the prompts are."""
         return []
 
-    def _cast(self, streams: Sequence[Stream]) -> list[Stream]:
-        return [Stream(s.x.to(self.dtype), s.parts) for s in streams]
-
-    def _place(self, stream: Stream) -> Stream:
-        return Stream(self._first(stream.x, stream.positions()), stream.parts)
+    def _placed(self, rows: live.Rows) -> live.Rows:
+        """What enters block 0 from token embeddings."""
+        rows = rows.plus(self._positions())
+        return rows if self.first_norm is None else rows.normed(self.first_norm)
 
     @property
     @abstractmethod
@@ -155,12 +156,18 @@ class TextTower(ABC):
         """Embeddings of token ids by the library's own forward."""
 
     @abstractmethod
-    def _first(self, x: Float[Tensor, "b size w"], at: Tensor) -> Float[Tensor, "b size w"]:
-        """What enters block 0 from token embeddings and their positions."""
+    def _positions(self) -> Float[Tensor, "positions w"]:
+        """What is added to the token embeddings at every position."""
 
     @abstractmethod
     def _pool(self, outputs: Outputs) -> Float[Tensor, "b classes embed"]:
         """The embedding from the last block's output."""
+
+
+def _grouped(rows: Sequence[live.Rows]) -> list[live.Rows]:
+    """Written-out states in as few streams as there are batches."""
+    low = [r for r in rows if isinstance(r, LowRank)]
+    return [*Stream.grouped([r for r in rows if isinstance(r, Stream)]), *low]
 
 
 def padded(ids: Sequence[Sequence[int]], length: int, pad: int, device: torch.device) -> Tensor:

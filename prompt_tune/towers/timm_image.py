@@ -19,18 +19,17 @@ class TimmBlock:
     def __init__(self, block: Any) -> None:
         self.block = block
         self.heads = int(block.attn.num_heads)
-
-    def enter(self, x: Tensor) -> Tensor:
-        """The normalised input."""
-        return self.block.norm1(x)
+        self.norm: nn.LayerNorm | None = block.norm1
 
     def query(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
         """Query projection."""
         return self._project(entered, slice(None, self.block.attn.attn_dim))
 
-    def key_value(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n 2w"]:
-        """Key projection, then value projection."""
-        return self._project(entered, slice(self.block.attn.attn_dim, None))
+    def key_value(
+        self, entered: Float[Tensor, "b n w"], *, bias: bool = True
+    ) -> Float[Tensor, "b n 2w"]:
+        """Key projection, then value projection, with or without their biases."""
+        return self._project(entered, slice(self.block.attn.attn_dim, None), bias=bias)
 
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
@@ -38,9 +37,10 @@ class TimmBlock:
         x = x + self.block.ls1(attention.proj(attention.norm(attended)))
         return x + self.block.ls2(self.block.mlp(self.block.norm2(x)))
 
-    def _project(self, x: Tensor, rows: slice) -> Tensor:
+    def _project(self, x: Tensor, rows: slice, *, bias: bool = True) -> Tensor:
         linear = self.block.attn.qkv
-        return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+        added = linear.bias if bias else None
+        return F.linear(x, linear.weight[rows], None if added is None else added[rows])
 
 
 class TimmImageTower(ImageTower):

@@ -5,7 +5,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prompt_tune.interventions import Intervention, Projection, PromptStage, Rows, Sizes, draw_kept
+from prompt_tune.interventions import (
+    Intervention,
+    Projection,
+    PromptStage,
+    Rows,
+    Sizes,
+    project,
+    project_dropped,
+    prompt_stages,
+)
+from prompt_tune.row_dropout import draw_kept
 
 ROWS, WIDTH, RANK, IMAGE, BATCH = 5, 40, 3, 6, 7
 
@@ -29,7 +39,7 @@ def test_without_dropout_the_low_rank_algebra_is_the_equation(image: int | None)
     one = Intervention(WIDTH, RANK, image).double()
     h, v = torch.randn(ROWS, WIDTH).double(), torch.randn(BATCH, IMAGE).double()
     down = torch.randn(RANK, WIDTH).double()
-    found, true = one.project(h, v, down), literal(one, h, v) @ down.T
+    found, true = project([one], h, v, down[None])[0], literal(one, h, v) @ down.T
     assert found.shape == (ROWS, BATCH if image else 1, RANK)
     assert torch.allclose(found.expand_as(true), true, rtol=0, atol=1e-12)
 
@@ -60,7 +70,7 @@ def test_in_evaluation_nothing_of_the_row_width_is_built_per_image() -> None:
             out = stage(rows, torch.randn(batch, IMAGE))
             (out.prefix.sum() + out.suffix.sum() + out.middle.sum()).backward()
         sizes.append(seen.numbers)
-    assert sizes[1] <= max(sizes[0], 64 * 3 * 2 * 16)
+    assert sizes[1] <= max(sizes[0], 64 * 3 * 2 * RANK)
     assert sizes[1] < 64 * 3 * 2 * 512
 
 
@@ -68,8 +78,9 @@ def test_a_stage_has_the_shapes_of_its_groups() -> None:
     stage, rows = stage_and_rows()
     out = stage(rows, torch.randn(BATCH, IMAGE))
     assert out.context.shape == (4, 16)
-    assert out.prefix.shape == out.suffix.shape == (BATCH, 3, 2, 16)
-    assert out.middle.shape == (1 + 3 + 2, 16)
+    assert out.prefix.shape == out.suffix.shape == (BATCH, 3, 2, RANK)
+    assert out.middle.shape == (1 + 3 + 2, RANK)
+    assert out.basis.shape == (RANK, 16)
     assert stage(None, torch.randn(BATCH, IMAGE)).prefix is None
 
 
@@ -88,9 +99,8 @@ def test_training_changes_prefix_and_suffix_only_and_images_differ_there_only() 
 
 def test_dropout_of_unconditioned_rows_is_drawn_for_every_image() -> None:
     one = Intervention(WIDTH, RANK, None)
-    out = one.project_dropped(
-        torch.randn(ROWS, WIDTH), torch.zeros(BATCH, IMAGE), torch.randn(RANK, WIDTH), 0.1
-    )
+    h, down = torch.randn(ROWS, WIDTH), torch.randn(1, RANK, WIDTH)
+    out = project_dropped([one], h, torch.zeros(BATCH, IMAGE), down, 0.1)[0]
     assert out.shape == (ROWS, BATCH, RANK)
     assert ((out[:, :1] - out[:, 1:]).abs().amax(-1) > 0).all()
 
@@ -117,7 +127,7 @@ def test_dropout_has_the_mean_and_covariance_of_dropping_full_rows() -> None:
     h, v = torch.randn(1, WIDTH).double(), torch.randn(1, IMAGE).double()
     down = torch.randn(RANK, WIDTH).double()
     with torch.no_grad():
-        samples = one.project_dropped(h, v.expand(draws, -1), down, p)[0]
+        samples = project_dropped([one], h, v.expand(draws, -1), down[None], p)[0][0]
         full = literal(one, h, v)[0, 0]
         mean = down @ full
         covariance = p / (1 - p) * (down * full**2) @ down.T
@@ -137,11 +147,11 @@ def test_the_gradient_of_dropout_is_that_of_the_written_out_computation() -> Non
     inputs = [down, v, *one.parameters()]
 
     torch.manual_seed(5)
-    found = one.project_dropped(h, v, down, 0.2)
+    found = project_dropped([one], h, v, down[None], 0.2)[0]
     torch.manual_seed(5)
     seed = int(torch.randint(2**62, ()))
     kept = draw_kept((ROWS, BATCH, WIDTH), 0.2, seed, h.device)
-    replayed = one.project_dropped(h, v, down, 0.2, kept)
+    replayed = project_dropped([one], h, v, down[None], 0.2, kept=[kept])[0]
     written = (literal(one, h, v) * kept / 0.8) @ down.T
     assert torch.equal(found, replayed)
     assert torch.allclose(found, written, rtol=0, atol=1e-12)
@@ -178,3 +188,23 @@ def test_initial_values_are_the_published_ones() -> None:
         if parameter.numel() > 1000:
             assert parameter.abs().max() > 0.98 * bound
             assert abs(float(parameter.detach().std()) - bound / 3**0.5) < 0.05 * bound
+
+
+@pytest.mark.parametrize("image", [IMAGE, None])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_stages_together_are_the_stages_one_by_one(image: int | None, dropout: float) -> None:
+    sizes = Sizes(source=WIDTH, text=16, image=image, context=4, prefix=2, suffix=1, rank=RANK)
+    stages = [PromptStage(sizes).double() for _ in range(3)]
+    rows = Rows(tuple(torch.randn(n, WIDTH).double() for n in (5, 3, 6)), 2, 1)
+    v = torch.randn(BATCH, IMAGE).double()
+    kept = [
+        tuple(torch.rand(3, n, BATCH, WIDTH) > dropout for n in (2, 1)) if dropout else None
+        for _ in stages
+    ]
+    alone = [s(rows, v, dropout=dropout, kept=k) for s, k in zip(stages, kept)]
+    together = prompt_stages(stages, rows, v, dropout=dropout, kept=kept if dropout else None)
+    for one, other in zip(alone, together):
+        for name in ("context", "prefix", "suffix", "middle", "basis"):
+            a, b = getattr(one, name), getattr(other, name)
+            assert torch.allclose(a, b, rtol=0, atol=1e-12), name
+    assert (together[0].prefix - together[1].prefix).abs().max() > 1e-3

@@ -122,7 +122,7 @@ def test_too_few_rows_name_the_class(causal):
 def test_a_stage_that_does_not_fit_is_refused(causal, stage, message):
     layout = PromptLayout.build(causal, ["cat", "dog"], n_context=4)
     with pytest.raises(ValueError, match=message):
-        layout.streams(stage, complete=True)
+        layout.streams(stage, torch.float32, complete=True)
 
 
 def test_row_counts_for_other_classes_are_refused(causal):

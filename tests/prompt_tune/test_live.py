@@ -295,19 +295,16 @@ class Counting:
     """A block that notes how many rows pass."""
 
     def __init__(self, block: Any) -> None:
-        self.block, self.heads = block, block.heads
+        self.block, self.heads, self.norm = block, block.heads, block.norm
         self.rows = {"query": 0, "key_value": 0, "close": 0}
-
-    def enter(self, x):
-        return self.block.enter(x)
 
     def query(self, entered):
         self.rows["query"] += entered.shape[0] * entered.shape[1]
         return self.block.query(entered)
 
-    def key_value(self, entered):
-        self.rows["key_value"] += entered.shape[0] * entered.shape[1]
-        return self.block.key_value(entered)
+    def key_value(self, entered, *, bias=True):
+        self.rows["key_value"] += entered.shape[:-1].numel()
+        return self.block.key_value(entered, bias=bias)
 
     def close(self, x, attended):
         self.rows["close"] += attended.shape[0] * attended.shape[1]

@@ -63,29 +63,45 @@ def _say(value: Any, as_json: bool, text: str) -> None:
 
 @app.command()
 def extract(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or a preset by name.")],
-    out: Annotated[Path, typer.Option(help="The sealed cache to make.")],
+    recipes: Annotated[list[str], typer.Argument(help="Recipe files, or presets by name.")],
+    out: Annotated[Path, typer.Option(help="The cache to make; of several recipes, their folder.")],
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done.")] = False,
     device: Device = "auto",
     device_map: Annotated[str | None, typer.Option(help="accelerate's device map.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 8,
-    overwrite: Annotated[bool, typer.Option(help="Replace a cache of another recipe.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 32,
+    processes: Annotated[int, typer.Option(min=1, help="Each with a model and a GPU.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of each process.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Replace a cache of another recipe; what stays the same is kept.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Stage one: reads a language model once into a sealed knowledge cache."""
-    from knowledge_extract import RunSettings, load_extract_recipe
-    from knowledge_extract import extract as run_extract
+    """Stage one: reads a language model once into sealed knowledge caches."""
+    from cache.durable import make_folder
+    from knowledge_extract import RunSettings, extract_many, load_extract_recipe
     from knowledge_extract import plan as make_plan
 
-    resolved = load_extract_recipe(recipe, tuple(overrides or ()))
-    settings = RunSettings(device=device, device_map=device_map, batch_size=batch_size)
+    resolved = [load_extract_recipe(one, tuple(overrides or ())) for one in recipes]
+    several = len(recipes) > 1
+    outs = [out / f"{Path(one).stem}.h5" for one in recipes] if several else [out]
+    settings = RunSettings(
+        device=device,
+        device_map=device_map,
+        batch_size=batch_size,
+        processes=processes,
+        threads=threads,
+    )
+    wanted = list(zip(resolved, outs, strict=True))
+    made: list[Any]
     if plan:
-        planned = make_plan(resolved, out, settings)
-        _say(planned.to_json(), as_json, planned.describe())
-        return
-    result = run_extract(resolved, out, settings, overwrite=overwrite)
-    _say(result.to_json(), as_json, result.describe())
+        made = [make_plan(recipe, file, settings) for recipe, file in wanted]
+    else:
+        if several:
+            make_folder(out)
+        made = list(extract_many(wanted, settings, overwrite=overwrite))
+    data = [one.to_json() for one in made]
+    _say(data if several else data[0], as_json, "\n\n".join(one.describe() for one in made))
 
 
 @cache_app.command("inspect")

@@ -1,4 +1,4 @@
-# ruff: noqa: E402, SIM905 - the path is set first
+# ruff: noqa: SIM905 - one name a line would be long
 """Stage one against the straightforward loop, same prompts and same tokens.
 
     python bench/extract.py [--questions 200] [--new-tokens 64] [--json extract-bench.json]

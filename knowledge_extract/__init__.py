@@ -3,6 +3,7 @@
     recipe = load_extract_recipe("bloodmnist-demo")  # a preset, or a file
     plan(recipe, out, settings)                      # what it will cost; loads no weights
     extract(recipe, out, settings)                   # does it
+    extract_many([(recipe, out), ...], settings)     # several, with one load of a shared model
 
 Nothing heavy is imported until one of these names is used.
 """
@@ -23,6 +24,7 @@ _OFFERED = {
     "audit": "auditing",
     "compare_blocks": "compare",
     "extract": "extraction",
+    "extract_many": "extraction",
     "load_extract_recipe": "recipe",
     "plan": "planning",
     "preset_path": "presets",

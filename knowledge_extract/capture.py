@@ -27,6 +27,10 @@ class Decoder(Protocol):
         """The decoder layers, in order."""
 
 
+class EnoughError(Exception):
+    """Leaves a forward whose remaining layers nobody reads."""
+
+
 def _first(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
@@ -50,6 +54,8 @@ class Capture:
         self._readers: dict[str, Reader] = {}
         self._kept: dict[tuple[str, int], Tensor] = {}
         self._handles: list[Any] = []
+        self._highest = max((n for numbers in self._layers.values() for n in numbers), default=0)
+        self._stop = False
 
     def __enter__(self) -> Self:
         depth = len(self._model.layers)
@@ -70,9 +76,14 @@ class Capture:
         self._handles.clear()
         self._kept.clear()
 
-    def arm(self, readers: Mapping[str, Reader]) -> None:
-        """What the next forward keeps, by block name; earlier leftovers are dropped."""
-        self._readers = dict(readers)
+    def arm(self, readers: Mapping[str, Reader], *, stop: bool = False) -> None:
+        """What the next forward keeps, by block name; earlier leftovers are dropped.
+
+        Args:
+            readers: what is kept of each layer.
+            stop: raise `EnoughError` once the highest layer has been read.
+        """
+        self._readers, self._stop = dict(readers), stop
         self._kept.clear()
 
     def take(self, block: str) -> Float[Tensor, "rows layers width"]:
@@ -84,6 +95,8 @@ class Capture:
         for block, reader in self._readers.items():
             if layer in self._layers[block]:
                 self._kept[block, layer] = reader(states)
+        if self._stop and layer == self._highest:
+            raise EnoughError
 
     def _after(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:

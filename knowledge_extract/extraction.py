@@ -1,31 +1,32 @@
 """Stage one in a straight line: resolve, look what is there, compute what is missing, seal."""
 
-import gc
 import json
 import time
-from collections.abc import Set
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cache.durable import write_json_atomic
-from cache.errors import CacheMismatchError, StorageError
+from cache.durable import sweep, write_json_atomic
+from cache.errors import CacheMismatchError, StorageError, VademecumError
 from cache.plain import first_difference
-from cache.progress import Track, track
+from cache.progress import track
 from cache.recipe import canonical_json
 from cache.sealing import seal
 from cache.shards import ShardFolder
 from cache.store import KnowledgeCache
 from knowledge_extract.answers import AnswerIds
-from knowledge_extract.batches import Batches
-from knowledge_extract.engine import Engine, Fp16OverflowError
+from knowledge_extract.crew import Crew, Workplace
+from knowledge_extract.engine import Fp16OverflowError
 from knowledge_extract.job import Job, prepare
-from knowledge_extract.model import load_model
+from knowledge_extract.processes import crew_for
 from knowledge_extract.recipe import ExtractRecipe
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.sidecar import versions
+from knowledge_extract.source import ModelSource
+from knowledge_extract.todo import missing
 from knowledge_extract.units import Unit
 
 KEPT_AT_ONCE = 64  # entries of a replaced cache in one shard
@@ -84,28 +85,55 @@ def extract(
         ValueRefusedError: a value that is not finite, or too large for its type.
         SystemRefusedError: no memory, no space, or a package is not installed.
     """
+    return extract_many([(recipe, out)], run, overwrite=overwrite)[0]
+
+
+def extract_many(
+    wanted: Sequence[tuple[ExtractRecipe, Path]],
+    run: RunSettings | None = None,
+    *,
+    overwrite: bool = False,
+) -> list[ExtractResult]:
+    """Several extractions; those that read one model in one way share one load of it.
+
+    Each file has a folder of work of its own and is sealed as soon as it is complete. Every recipe
+    is checked before a model is loaded.
+
+    Args:
+        wanted: recipes and the files to make.
+        run: where and how fast.
+        overwrite: replace sealed caches of other recipes.
+
+    Raises:
+        StorageError: two recipes for one file.
+        VademecumError: see `extract`; files that are sealed stay.
+    """
     run = run or RunSettings()
-    wide = parts_folder(out, wide=True).is_dir()
-    job = prepare(recipe, run, wide=wide)
-    if (done := finished(job, out, overwrite=overwrite)) is not None:
-        return done
-    if not out.absolute().parent.is_dir():
-        what = "no such folder"
-        raise StorageError(what, where=out.absolute().parent, do="Create it first.")
     if run.threads:
         torch.set_num_threads(run.threads)
+    files = [out.absolute() for _, out in wanted]
+    if twice := next((file for file in files if files.count(file) > 1), None):
+        what = "two recipes would make this file"
+        raise StorageError(what, where=twice, do="Give one of them another name.")
+    sources: dict[str, ModelSource] = {}
+    works = []
+    for recipe, out in wanted:
+        model, wide = recipe.model.model_dump_json(), parts_folder(out, wide=True).is_dir()
+        job = prepare(recipe, run, wide=wide, source=sources.get(model))
+        sources[model] = job.source
+        works.append(_Extraction(job, out, run, overwrite=overwrite))
+    crew = crew_for(run)
     try:
-        return _Extraction(job, out, run, wide=wide).finish(replace=overwrite)
-    except Fp16OverflowError:
-        job = prepare(recipe, run, wide=True)
-        return _Extraction(job, out, run, wide=True).finish(replace=overwrite)
-    except StorageError:
-        # Another job may have sealed the same work and removed the folder under this one.
-        if parts_folder(out, wide=wide).exists() or not out.exists():
-            raise
-        if (done := finished(job, out, overwrite=True)) is None:
-            raise
-        return done
+        while left := [work for work in works if work.result is None]:
+            work = next((work for work in left if work.next_is_held(crew)), left[0])
+            try:
+                work.step(crew)
+            except VademecumError:
+                if not work.sealed_by_another():
+                    raise
+    finally:
+        crew.close()
+    return [work.result for work in works if work.result is not None]
 
 
 def finished(job: Job, out: Path, *, overwrite: bool) -> ExtractResult | None:
@@ -117,6 +145,7 @@ def finished(job: Job, out: Path, *, overwrite: bool) -> ExtractResult | None:
     """
     if not out.exists():
         return None
+    sweep(out.absolute().parent)  # the draft of a job that died when the file had its name
     wanted = json.loads(canonical_json(job.resolved()))
     with KnowledgeCache.open(out, verify="full") as sealed:
         if (difference := first_difference(sealed.recipe, wanted)) is not None:
@@ -133,113 +162,129 @@ def finished(job: Job, out: Path, *, overwrite: bool) -> ExtractResult | None:
 
 
 class _Extraction:
-    """One run towards one target."""
+    """One recipe on its way to one file."""
 
-    def __init__(self, job: Job, out: Path, run: RunSettings, *, wide: bool) -> None:
-        self.job, self.out, self.run, self.wide = job, out, run, wide
-        self.folder = parts_folder(out, wide=wide)
-        self.shards = ShardFolder(self.folder, header=job.header)
+    def __init__(self, job: Job, out: Path, run: RunSettings, *, overwrite: bool) -> None:
+        self.out, self.run, self.overwrite = out, run, overwrite
+        self.started = time.time()
+        self.result = finished(job, out, overwrite=overwrite)
+        self.todo: list[tuple[str, list[Unit]]] = []
+        if self.result is None:
+            if not out.absolute().parent.is_dir():
+                what = "no such folder"
+                raise StorageError(what, where=out.absolute().parent, do="Create it first.")
+            self._open(job, wide=parts_folder(out, wide=True).is_dir())
+
+    def _open(self, job: Job, *, wide: bool) -> None:
+        """Looks what is there and what is missing."""
+        self.place = Workplace(job, parts_folder(self.out, wide=wide), wide=wide)
         if wide:
-            _drop_narrow(parts_folder(out), job)
-        self.answers = AnswerIds(self.folder)
-        self.batches = Batches(run.batch_size)
-        self.computed = 0
+            _drop_narrow(parts_folder(self.out), job)
+        self.limit, self.halved, self.computed = self.run.batch_size, 0, 0
         self.loads: list[dict[str, Any]] = []
-
-    def finish(self, *, replace: bool) -> ExtractResult:
-        """Computes what is missing, seals, and writes the sidecar."""
-        started = time.time()
         self._keep_sealed()
-        present = set(self.shards.present())
-        before = len(present)
+        present = set(self.place.shards.present())
+        self.before = len(present)
         self._given(present)
-        for quantisation, units in missing(self.job, present, self.answers):
-            self._pass(quantisation, units)
-        self.answers.remove()  # nothing is missing any more, so nobody reads them again
-        expected = self.job.all_keys()
-        content_id = seal(self.shards, self.out, expected=expected, replace=replace)
-        notes = self._notes()
-        self._write_sidecar(started, content_id, before)
-        return ExtractResult(content_id, self.out, self.computed, before, notes)
+        self.todo = missing(job, present, self.place.answers)
+
+    def next_is_held(self, crew: Crew) -> bool:
+        """True if the next step needs no model that is not loaded."""
+        return not self.todo or crew.holds(self.place.job, self.todo[0][0])
+
+    def step(self, crew: Crew) -> None:
+        """One pass over a model; after the last one the file is sealed."""
+        if self.todo:
+            try:
+                self._pass(crew, *self.todo[0])
+            except Fp16OverflowError:
+                job = self.place.job
+                self._open(prepare(job.recipe, self.run, wide=True, source=job.source), wide=True)
+            else:
+                del self.todo[0]
+        if not self.todo:
+            self._seal()
+
+    def sealed_by_another(self) -> bool:
+        """True if another job sealed the same work, and removed the shards under this one."""
+        if self.out.exists():
+            self.result = finished(self.place.job, self.out, overwrite=True)
+        return self.result is not None
 
     def _keep_sealed(self) -> None:
         """Commits what the cache that is about to be replaced holds of this recipe."""
         if not self.out.exists():
             return
-        wanted = self.job.all_keys() - self.shards.present()
+        job, shards = self.place.job, self.place.shards
+        wanted = job.all_keys() - shards.present()
         with KnowledgeCache.open(self.out, verify="full") as sealed:
             for name, block in sealed.blocks.items():
                 spec = sealed.sealed.header.specs[name].plain()
-                homes = [n for n, own in self.job.specs.items() if own.plain() == spec]
+                homes = [n for n, own in job.specs.items() if own.plain() == spec]
                 rows = zip(block.keys(), block.entries(), strict=True)
                 kept = [replace(e, block=homes[0]) for key, e in rows if homes and key in wanted]
                 for start in range(0, len(kept), KEPT_AT_ONCE):
                     part = kept[start : start + KEPT_AT_ONCE]
-                    self.shards.commit(part, batch_shape=(len(part),))
+                    shards.commit(part, batch_shape=(len(part),))
 
     def _given(self, present: set[str]) -> None:
-        entries = list(self.job.given())
-        keys = [self.job.entry_key(entry) for entry in entries]
+        entries = list(self.place.job.given())
+        keys = [self.place.job.entry_key(entry) for entry in entries]
         new = [e for e, key in zip(entries, keys, strict=True) if key not in present]
         if new:
-            self.shards.commit(new, batch_shape=(len(new),))
+            self.place.shards.commit(new, batch_shape=(len(new),))
             self.computed += len(new)
 
-    def _pass(self, quantisation: str, units: list[Unit]) -> None:
-        """Loads the model once and works through its units."""
-        recipe, started = self.job.recipe, time.time()
-        language = load_model(
-            self.job.source, quantisation, recipe.compute_dtype, self.job.end, self.run
-        )
-        loaded = time.time() - started
+    def _pass(self, crew: Crew, quantisation: str, units: list[Unit]) -> None:
+        """Works through the units of one model."""
+        started = time.time()
         label = f"extracting ({quantisation})" if quantisation != "none" else "extracting"
-        engine = Engine(self.job, language, self.answers, self.batches)
-        with engine, track(label, sum(len(u.pieces) for u in units)) as progress:
-            for unit in units:
-                self._unit(engine, unit, progress)
-        device = str(language.device)
+        with track(label, sum(len(u.pieces) for u in units)) as progress:
+            for done in crew.work(self.place, quantisation, units, self.limit):
+                self.computed += done.entries
+                self.limit, self.halved = min(self.limit, done.limit), self.halved + done.halved
+                note = f"({self.limit} at a time)" if self.halved else ""
+                progress.advance(done.pieces, note)
         self.loads.append(
             {
                 "quantisation": quantisation,
-                "device": device,
-                "load_seconds": round(loaded, 3),
+                "devices": list(crew.devices),
+                "load_seconds": round(crew.load_seconds, 3),
                 "seconds": round(time.time() - started, 3),
                 "units": len(units),
             }
         )
-        del engine, language
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
-    def _unit(self, engine: Engine, unit: Unit, progress: Track) -> None:
-        entries, shape = engine.entries(unit)
-        self.shards.commit(entries, batch_shape=shape)
-        self.computed += len(entries)
-        note = f"({self.batches.limit} at a time)" if self.batches.halved else ""
-        progress.advance(len(unit.pieces), note)
+    def _seal(self) -> None:
+        """Seals the file and writes the sidecar."""
+        self.place.answers.remove()  # nothing is missing any more, so nobody reads them again
+        expected = self.place.job.all_keys()
+        content_id = seal(self.place.shards, self.out, expected=expected, replace=self.overwrite)
+        counts = (self.computed, self.before)
+        self.result = ExtractResult(content_id, self.out, *counts, self._notes())
+        self._write_sidecar(self.result)
 
     def _notes(self) -> tuple[str, ...]:
         notes = [] if self.loads else ["everything was there; no model was loaded"]
-        notes += self.shards.damaged
-        if self.wide:
+        notes += self.place.shards.damaged
+        if self.place.wide:
             notes.append("values too large for float16: every states block is stored as float32")
-        if self.batches.halved:
-            notes.append(f"out of memory: went on with batches of {self.batches.limit}")
+        if self.halved:
+            notes.append(f"out of memory: went on with batches of {self.limit}")
         return tuple(notes)
 
-    def _write_sidecar(self, started: float, content_id: str, reused: int) -> None:
+    def _write_sidecar(self, result: ExtractResult) -> None:
         settings = {k: v for k, v in asdict(self.run).items() if k != "models"}
         record = {
-            "content_id": content_id,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "seconds": round(time.time() - started, 3),
-            "computed": self.computed,
-            "reused": reused,
+            "content_id": result.content_id,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.started)),
+            "seconds": round(time.time() - self.started, 3),
+            "computed": result.computed,
+            "reused": result.reused,
             "settings": settings,
             "threads": torch.get_num_threads(),
-            "smallest_batch": self.batches.limit,
-            "halved": self.batches.halved,
+            "smallest_batch": self.limit,
+            "halved": self.halved,
             "passes": self.loads,
             "versions": versions(),
         }
@@ -252,30 +297,3 @@ def _drop_narrow(folder: Path, job: Job) -> None:
         AnswerIds(folder).remove()
         narrow = prepare(job.recipe, RunSettings(), source=job.source).header
         ShardFolder(folder, header=narrow).clear()
-
-
-def missing(job: Job, present: Set[str], answers: AnswerIds) -> list[tuple[str, list[Unit]]]:
-    """The units to compute, by model load.
-
-    A unit whose answers are committed but whose token ids are lost is done again before another
-    model can read them.
-    """
-    lost = {
-        (unit.task.source, unit.pieces)
-        for _, units in job.passes
-        for unit in units
-        if unit.task.kind == "reread"
-        and not job.keys(unit) <= present
-        and any(job.key(unit.task.source, piece) not in answers for piece in unit.pieces)
-    }
-    todo = []
-    for quantisation, units in job.passes:
-        wanted = [
-            unit
-            for unit in units
-            if not job.keys(unit) <= present
-            or (unit.task.kind == "generate" and (unit.task.source, unit.pieces) in lost)
-        ]
-        if wanted:
-            todo.append((quantisation, wanted))
-    return todo

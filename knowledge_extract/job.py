@@ -86,6 +86,11 @@ class Job:
         data["resolved"] = {"chat": self.prompter.chat, "end_token": self.end, "depth": self.depth}
         return data
 
+    @property
+    def units(self) -> list[Unit]:
+        """Every unit, in the order of the plan."""
+        return [unit for _, units in self.passes for unit in units]
+
     def key(self, block: str, piece: Piece) -> str:
         """The key of one entry."""
         return entry_key(self.specs[block], piece.class_id, piece.item, piece.reading.digest)
@@ -100,8 +105,7 @@ class Job:
 
     def all_keys(self) -> frozenset[str]:
         """The keys of every entry the recipe asks for."""
-        units = (unit for _, units in self.passes for unit in units)
-        computed = frozenset().union(*(self.keys(unit) for unit in units))
+        computed = frozenset().union(*(self.keys(unit) for unit in self.units))
         return computed | {self.entry_key(entry) for entry in self.given()}
 
     def given(self) -> Iterator[Entry]:

@@ -61,8 +61,8 @@ def _unit_bytes(job: Job, units: Sequence[Unit]) -> int:
     r"""Key-value cache, widest layer and logits of the largest unit.
 
     With batch $B$ of $T$ tokens, width $d$, feed-forward width $f$, $L$ layers of $h$ key-value
-    heads of size $e$, vocabulary $V$ and $b$ bytes per number: $2LheBTb + BT(8d+3f)b + 8BV$, and
-    $B$ times more logits while prompts of $B$ different lengths are read.
+    heads of size $e$, vocabulary $V$ and $b$ bytes per number: $2LheBTb + BP(8d+3f)b + 8BV$, where
+    $P$ tokens are read at once; the first and the last term only where answers are generated.
     """
     config, dtype = job.config.get_text_config(), job.recipe.compute_dtype
     number = BYTES[dtype]
@@ -75,10 +75,10 @@ def _unit_bytes(job: Job, units: Sequence[Unit]) -> int:
     for unit in units:
         block = job.recipe.blocks.get(unit.task.source)
         more = block.max_new_tokens + 1 if isinstance(block, AnswersBlock) else 0
-        lengths = [len(piece.reading.ids) for piece in unit.pieces]
-        batch, tokens = len(lengths), max(lengths) + more
-        memory = 2 * job.depth * shared * size * batch * tokens * number if more else 0
-        layer = batch * tokens * (8 * width + 3 * inner) * number
-        logits = 8 * batch * int(config.vocab_size) * (len(set(lengths)) if more else 1)
-        largest = max(largest, memory + layer + logits)
+        generates = unit.task.kind == "generate" and more > 1
+        batch, prompt = len(unit.pieces), max(len(piece.reading.ids) for piece in unit.pieces)
+        memory = 2 * job.depth * shared * size * batch * (prompt + more) * number
+        layer = batch * (prompt if generates else prompt + more) * (8 * width + 3 * inner) * number
+        logits = 8 * batch * int(config.vocab_size)
+        largest = max(largest, layer + (memory + logits if generates else 0))
     return largest

@@ -7,12 +7,13 @@ from typing import Any
 from cache.blocks import BlockSpec
 from cache.shards import ShardFolder
 from knowledge_extract.answers import AnswerIds
-from knowledge_extract.extraction import finished, missing, parts_folder
+from knowledge_extract.extraction import finished, parts_folder
 from knowledge_extract.job import Job, prepare
 from knowledge_extract.memory import peak_bytes
 from knowledge_extract.model import pick_device
 from knowledge_extract.recipe import AnswersBlock, ExtractRecipe, StatesBlock
 from knowledge_extract.settings import RunSettings
+from knowledge_extract.todo import missing
 from knowledge_extract.units import Piece, Unit
 
 TEXT_BYTES_PER_TOKEN = 5  # English, generously; texts are small beside states

@@ -1,9 +1,10 @@
 """How far a state may move when it is computed again: what an audit allows, and a cache records.
 
 Relative to the norm of a layer's row. The first part is three times what was measured between
-batches (see `generate`), or a little more; the second is one unit in the last place of float16,
-where states are stored so. Another processor rounds in another order too: the same table was
-enough between one and two CPU threads, and was not measured between devices.
+batches in float32, twice in bfloat16, one and a half times in float16 (see `generate`); the second
+is one unit in the last place of float16, where states are stored so. Another processor rounds in
+another order too: the same table was enough between one and two CPU threads, and was not measured
+between devices.
 """
 
 from collections.abc import Mapping

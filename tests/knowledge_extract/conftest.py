@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from cache.recipe import validate
-from knowledge_extract import engine, extraction
+from knowledge_extract import crew, engine
 from knowledge_extract.recipe import ExtractRecipe
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|bot|>", "<|stop|>"]
@@ -182,7 +182,7 @@ def no_model(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(extraction, "load_model", refuse)
+    monkeypatch.setattr(crew, "load_model", refuse)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from cache.errors import CacheMismatchError, ModelError, StorageError, ValueRefusedError
 from cache.store import KnowledgeCache
-from knowledge_extract import engine, extract, extraction
+from knowledge_extract import crew, engine, extract
 from knowledge_extract.extraction import parts_folder
 from knowledge_extract.job import prepare
 from knowledge_extract.planning import plan
@@ -133,13 +133,13 @@ def test_answers_are_read_by_another_model_exactly_as_generated(
     again = {"kind": "states", "of": "answers", "pooling": "end_token", "layers": "all"}
     blocks = {k: recipe_data["blocks"][k] for k in ("answers", "layers")}
     recipe = make_recipe(blocks=blocks | {"again": again | {"quantisation": "int8"}})
-    real, loads = extraction.load_model, []
+    real, loads = crew.load_model, []
 
     def load(source, quantisation, *rest):
         loads.append(quantisation)
         return real(source, "none", *rest)
 
-    monkeypatch.setattr(extraction, "load_model", load)
+    monkeypatch.setattr(crew, "load_model", load)
     extract(recipe, tmp_path / "k.h5", CPU)
     assert loads == ["none", "int8"]
     with KnowledgeCache.open(tmp_path / "k.h5") as found:

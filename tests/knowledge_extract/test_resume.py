@@ -11,7 +11,7 @@ import torch
 
 from cache.errors import CacheMismatchError, StorageError
 from cache.store import KnowledgeCache
-from knowledge_extract import engine, extract, extraction
+from knowledge_extract import crew, engine, extract, extraction
 from knowledge_extract.extraction import parts_folder
 from knowledge_extract.planning import plan
 from knowledge_extract.settings import RunSettings
@@ -186,7 +186,7 @@ def test_lost_token_ids_are_generated_again(
     again = {"kind": "states", "of": "answers", "pooling": "end_token", "layers": "all"}
     blocks = {k: recipe_data["blocks"][k] for k in ("answers", "layers")}
     recipe = make_recipe(blocks=blocks | {"again": again | {"quantisation": "int8"}})
-    real, loads = extraction.load_model, []
+    real, loads = crew.load_model, []
 
     def load(source, quantisation, *rest):
         loads.append(quantisation)
@@ -194,7 +194,7 @@ def test_lost_token_ids_are_generated_again(
             raise KeyboardInterrupt
         return real(source, "none", *rest)
 
-    monkeypatch.setattr(extraction, "load_model", load)
+    monkeypatch.setattr(crew, "load_model", load)
     out = tmp_path / "k.h5"
     with pytest.raises(KeyboardInterrupt):
         extract(recipe, out, CPU)

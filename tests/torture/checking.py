@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from workload import ALL, BATCHES, EXPECTED, MERGE, SCENES, Scene, header, keys, make
+from workload import ALL, BATCHES, EXPECTED, SCENES, Scene, header, keys, make
 
 import cache.durable
 import cache.skeleton
@@ -105,13 +105,12 @@ def final_ids(scratch: Path) -> dict[str, str]:
     for batch in BATCHES:
         folder.commit(batch, batch_shape=(1,))
     found = {"seal": seal(folder, scratch / "final.h5")}
-    if MERGE:
-        from cache.combining.merging import merge
+    from cache.combining.merging import merge
 
-        (scratch / "m").mkdir()
-        SCENES["merge"].prepare(scratch / "m")
-        merged = merge([scratch / "m" / n for n in ("a.h5", "b.h5")], scratch / "m" / "c.h5")
-        found["merge"] = merged.content_id
+    (scratch / "m").mkdir()
+    SCENES["merge"].prepare(scratch / "m")
+    merged = merge([scratch / "m" / n for n in ("a.h5", "b.h5")], scratch / "m" / "c.h5")
+    found["merge"] = merged.content_id
     shutil.rmtree(scratch)
     return found
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checking import in_file, in_folder
-from workload import ALL, BATCHES, MERGE, STALE, header, keys
+from workload import ALL, BATCHES, STALE, header, keys
 
 from cache import KnowledgeCache, ShardFolder, seal
 from cache.durable import TEMP
@@ -126,15 +126,14 @@ def file_size(root: Path) -> dict:
     resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
     lines = [_refused(lambda: folder.commit(BATCHES[1], batch_shape=(2,)))]
     lines.append(_refused(lambda: seal(folder, root / "k.h5")))
-    if MERGE:
-        from cache.combining.merging import merge
+    from cache.combining.merging import merge
 
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-        other = ShardFolder(root / "o.parts", header=header())
-        other.commit(BATCHES[1], batch_shape=(2,))
-        seal(other, root / "o.h5")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
-        lines.append(_refused(lambda: merge([root / "o.h5"], root / "m.h5")))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    other = ShardFolder(root / "o.parts", header=header())
+    other.commit(BATCHES[1], batch_shape=(2,))
+    seal(other, root / "o.h5")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY))
+    lines.append(_refused(lambda: merge([root / "o.h5"], root / "m.h5")))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     wrong = [line for line in lines if "larger than allowed here" not in line]
     found = _report(root, {0}, *wrong, *lines[:1])
@@ -177,14 +176,13 @@ def long_name(root: Path) -> dict:
     folder.commit(BATCHES[0], batch_shape=(2,))
     lines = [_refused(lambda: seal(folder, root / ("k" * 300 + ".h5")))]
     lines.append(_refused(lambda: ShardFolder(root / ("k" * 300), header=header())))
-    if MERGE:
-        from cache.combining.merging import merge
+    from cache.combining.merging import merge
 
-        folder.commit(BATCHES[1], batch_shape=(2,))
-        other = ShardFolder(root / "o.parts", header=header())
-        _commit_all(other)
-        seal(other, root / "o.h5")
-        lines.append(_refused(lambda: merge([root / "o.h5"], root / ("m" * 300 + ".h5"))))
+    folder.commit(BATCHES[1], batch_shape=(2,))
+    other = ShardFolder(root / "o.parts", header=header())
+    _commit_all(other)
+    seal(other, root / "o.h5")
+    lines.append(_refused(lambda: merge([root / "o.h5"], root / ("m" * 300 + ".h5"))))
     wrong = [line for line in lines if "the name is too long" not in line]
     found = _report(root, {0}, *wrong, *lines[:1])
     return {**found, "wrong": found["wrong"] + len(wrong)}

@@ -28,7 +28,7 @@ from crowd import crowd, two_jobs  # noqa: E402
 from enumerate_states import crash_verdict, power_verdict, recording  # noqa: E402
 from faults import HOW, PLAYED, Sweep  # noqa: E402
 from kills import interrupt, kill_commits, kill_scenes  # noqa: E402
-from workload import MERGE, ROOT, SCENES, load  # noqa: E402
+from workload import ROOT, SCENES, load  # noqa: E402
 
 ATTACKS = ROOT / "tests" / "attacks" / "corruption.py"
 NUMBERS = {  # long, short
@@ -174,7 +174,6 @@ def _traced(numbers: dict[str, int], *, short: bool) -> Iterator[tuple[str, Call
 def skipped() -> list[str]:
     """What cannot be done here; each is a failure."""
     found = [syscall_trace.why_not(), real_faults.why_not()]
-    found += [None if MERGE else "merge is not there"]
     found += [None if ATTACKS.exists() else "tests/attacks/corruption.py is not there"]
     return [why for why in found if why]
 

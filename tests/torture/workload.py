@@ -32,7 +32,6 @@ def load(path: Path):
 
 
 make = load(ROOT / "tests" / "cache" / "make.py")
-MERGE = (ROOT / "cache" / "merging.py").exists()
 DAMAGED = 1  # the batch that is damaged when an extraction goes on
 STALE = f"{durable.TEMP}{durable._owner()}-999999999-aaaaaaaaaaaa"
 
@@ -207,16 +206,15 @@ SCENES = {
         lambda root: _filled(root / "k.parts"), _shared_seal, before=ALL
     ),
 }
-if MERGE:
-    SCENES |= {
-        "merge": Scene(_prepare_merge, _merge, inputs=("a.h5", "b.h5")),
-        "merge over an old one": Scene(
-            _prepare_remerge,
-            lambda root: _merge(root, replace=True),
-            inputs=("a.h5", "b.h5"),
-            old=True,
-        ),
-    }
+SCENES |= {
+    "merge": Scene(_prepare_merge, _merge, inputs=("a.h5", "b.h5")),
+    "merge over an old one": Scene(
+        _prepare_remerge,
+        lambda root: _merge(root, replace=True),
+        inputs=("a.h5", "b.h5"),
+        old=True,
+    ),
+}
 
 
 def sabotage(control: str) -> None:

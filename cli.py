@@ -57,6 +57,15 @@ def _shadowed() -> str | None:
     return None
 
 
+def _refuse_together(option: str, wrong: bool, other: str, *, with_it: bool = False) -> None:
+    if wrong:
+        from cache.errors import RecipeError
+
+        what = "cannot be used" + (" with " if with_it else " without ") + other
+        do = "Remove the run folders instead." if with_it else "`vademecum eval` evaluates one run."
+        raise RecipeError(what, where=option, do=do)
+
+
 def _say(value: Any, as_json: bool, text: str) -> None:
     typer.echo(json.dumps(value, indent=2, sort_keys=True) if as_json else text)
 
@@ -78,7 +87,7 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Stage one: reads a language model once into sealed knowledge caches."""
-    from cache.durable import make_folder
+    from cache.durable import make_folder, storage_errors
     from knowledge_extract import RunSettings, extract_many, load_extract_recipe
     from knowledge_extract import plan as make_plan
 
@@ -95,10 +104,11 @@ def extract(
     wanted = list(zip(resolved, outs, strict=True))
     made: list[Any]
     if plan:
-        made = [make_plan(recipe, file, settings) for recipe, file in wanted]
+        made = [make_plan(recipe, file, settings, overwrite=overwrite) for recipe, file in wanted]
     else:
         if several:
-            make_folder(out)
+            with storage_errors(out):
+                make_folder(out)
         made = list(extract_many(wanted, settings, overwrite=overwrite))
     data = [one.to_json() for one in made]
     _say(data if several else data[0], as_json, "\n\n".join(one.describe() for one in made))
@@ -212,7 +222,8 @@ def cache_diff(
     first: Path,
     second: Path,
     rtol: Annotated[
-        float | None, typer.Option(help="Of a layer's largest magnitude: so much is no difference.")
+        float | None,
+        typer.Option(min=0, help="Of a layer's largest magnitude: so much is no difference."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -236,7 +247,7 @@ def cache_slice(
     """Makes a cache of some of the classes."""
     from cache.combining.slicing import slice_classes
 
-    chosen = [one.strip() for one in classes.split(",")]
+    chosen = [name for one in classes.split(",") if (name := one.strip())]
     identity = slice_classes(file, chosen, out, replace=replace)
     _say({"content_id": identity, "path": str(out)}, as_json, f"{out}  {identity}")
 
@@ -335,7 +346,8 @@ def cache_audit(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Draw the same entries again.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Relative difference that agrees; else the recorded one.")
+        float | None,
+        typer.Option(min=0, help="Relative difference that agrees; else the recorded one."),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -402,7 +414,11 @@ def tune(
 
     resolved = load_tune_recipe(recipe, tuple(overrides or ()))
     where = pick_device(device)
-    if seeds is not None or grid:
+    many = seeds is not None or bool(grid)
+    _refuse_together("--overwrite", overwrite and many, "--seeds or --grid", with_it=True)
+    _refuse_together("--eval", split is not None and not many, "--seeds or --grid")
+    _refuse_together("--part", part is not None and split is None, "--eval")
+    if many:
         from prompt_tune.many import combinations, parse_grid, parse_seeds, tune_many
 
         runs = tune_many(

@@ -2,7 +2,9 @@
 
 A digest shows that a file is the one that was sealed; only this shows that what was sealed is what
 the model says. Of a cache in which a share `p` of the entries is false, `k` random entries find at
-least one with probability `1 - (1 - p)^k`: 30 find one in ten with 0.96.
+least one with probability `1 - (1 - p)^k`: 30 find one in ten with 0.96. In a 16-bit compute dtype
+a near tie between two tokens may fall otherwise; neither that answer nor its states can be compared
+then. Such entries are undecided, and an audit in which more than a third are does not pass.
 """
 
 import json
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from cache.blocks import Entry
+from cache.combining.joining import recipes_of
 from cache.errors import CacheMismatchError, ModelError
 from cache.plain import first_difference
 from cache.progress import track
@@ -27,12 +30,13 @@ from knowledge_extract.batches import Batches
 from knowledge_extract.engine import Engine
 from knowledge_extract.job import Job, prepare
 from knowledge_extract.model import load_model
-from knowledge_extract.recipe import ExtractRecipe
+from knowledge_extract.recipe import ExtractRecipe, StatesBlock
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.tolerance import ANSWERS_MAY_FALL_OTHERWISE, tolerance
 from knowledge_extract.units import Piece, Unit
 
 Place = tuple[str, str, int]  # block, class, item
+MOST_UNDECIDED = 1 / 3  # 7 of 32 answers changed at most in a 16-bit compute dtype; see `generate`
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,10 @@ class AuditReport:
 
     @property
     def passed(self) -> bool:
-        """True if no entry differs."""
-        return all(one.verdict != "differs" for one in self.findings)
+        """True if no entry differs, some agree, and no more are undecided than chance explains."""
+        verdicts = [one.verdict for one in self.findings]
+        few = verdicts.count("undecided") <= MOST_UNDECIDED * len(verdicts)
+        return "differs" not in verdicts and "agrees" in verdicts and few
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -141,22 +147,26 @@ def audit(
         ]
         drawn = sorted(random.Random(seed).sample(places, min(k, len(places))))  # noqa: S311
         again: dict[Place, Entry] = {}
+        sources: dict[str, str] = {}
         for recipe in _recipes(found, model):
+            sources |= {n: b.of for n, b in recipe.blocks.items() if isinstance(b, StatesBlock)}
             again |= _again(found, recipe, [p for p in drawn if p not in again], run)
         left = [place for place in drawn if place not in again]
         if left:
             what = "no recipe of this cache says how an entry was made"
             where = f"{path}, block {left[0][0]}, class {left[0][1]}"
             raise CacheMismatchError(what, where=where)
-        findings = tuple(_compare(found, place, again, allowed) for place in drawn)
+        findings = tuple(_compare(found, place, again, sources, allowed) for place in drawn)
     return AuditReport(found.content_id, seed, len(places), findings)
 
 
 def _recipes(found: KnowledgeCache, model: str | None) -> Iterator[ExtractRecipe]:
     """The recipes that made a cache, several if it was merged, pointed at their models."""
     stored = found.recipe
-    for data in stored.get("merged", [stored]):
-        identity = data.get("model") if isinstance(data, dict) else None
+    for data in recipes_of(stored):
+        if data.get("classes") == []:
+            continue  # a slice may leave a part of a merged recipe without classes
+        identity = data.get("model")
         if not isinstance(identity, dict) or "source" not in identity:
             what = "this cache was not made by `vademecum extract`, so nothing can be repeated"
             raise CacheMismatchError(what, where=found.path)
@@ -170,7 +180,7 @@ def _model(identity: Mapping[str, Any], given: str | None) -> dict[str, Any]:
     if given is not None:
         return {"gguf" if Path(given).is_file() else "folder": given}
     if identity["source"] == "hub":
-        return {"hub": name, "revision": identity["commit"]}
+        return {"hub": name, "revision": identity.get("commit", "main")}
     if identity["source"] == "asset":
         return {"asset": name}
     what = f"the model of this cache was a local {identity['source']} called {name!r}"
@@ -241,7 +251,11 @@ def _alone(
 
 
 def _compare(
-    found: KnowledgeCache, place: Place, again: Mapping[Place, Entry], allowed: float | None
+    found: KnowledgeCache,
+    place: Place,
+    again: Mapping[Place, Entry],
+    sources: Mapping[str, str],
+    allowed: float | None,
 ) -> Finding:
     name, class_id, item = place
     block, values = found.blocks[name], again[place].values
@@ -259,11 +273,8 @@ def _compare(
         norms = np.maximum(np.linalg.norm(y, axis=-1), np.finfo(np.float64).tiny)
         difference = float((np.linalg.norm(x - y, axis=-1) / norms).max())
     verdict = "agrees" if difference <= limit else "differs"
-    if verdict == "differs" and any(
-        _fell_otherwise(found, e)
-        for e in again.values()
-        if (e.class_id, e.item) == (class_id, item)
-    ):
+    answer = again.get((sources.get(name, ""), class_id, item))
+    if verdict == "differs" and answer is not None and _fell_otherwise(found, answer):
         verdict = "undecided"
     return Finding(*place, verdict, difference, limit)
 

@@ -67,8 +67,7 @@ class Job:
         records = (ClassRecord(c.id, c.name, c.modality, c.source) for c in self.recipe.classes)
         model = self.recipe.model
         provenance = {"tool": "vademecum", "model": self.source.label, **recorded(self.specs)}
-        if model.licence:
-            provenance["model_licence"] = model.licence
+        provenance["model_licence"] = model.licence or "unknown"
         if model.gated is not None:
             provenance["model_gated"] = "yes" if model.gated else "no"
         return ExtractionHeader(

@@ -110,7 +110,9 @@ def _values(job: Job, name: str, spec: BlockSpec, piece: Piece) -> int:
     return _rows(job, name, piece) * per_row
 
 
-def plan(recipe: ExtractRecipe, out: Path, run: RunSettings | None = None) -> Plan:
+def plan(
+    recipe: ExtractRecipe, out: Path, run: RunSettings | None = None, *, overwrite: bool = False
+) -> Plan:
     """What `extract` would do now; reads configuration and tokenizer, writes nothing to `out`.
 
     Raises:
@@ -121,7 +123,7 @@ def plan(recipe: ExtractRecipe, out: Path, run: RunSettings | None = None) -> Pl
     wide = parts_folder(out, wide=True).is_dir()
     job = prepare(recipe, run, wide=wide)
     entries = len(job.all_keys())
-    done = finished(job, out, overwrite=False)
+    done = finished(job, out, overwrite=overwrite)
     folder = parts_folder(out, wide=wide)
     present: frozenset[str] = frozenset()
     if done is None and folder.is_dir():

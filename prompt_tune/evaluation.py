@@ -17,6 +17,7 @@ from prompt_tune.cases import Cases
 from prompt_tune.checkpoint import RUN, WEIGHTS, load_weights, read_json, read_run, write_json
 from prompt_tune.data.few_shot import SampleList, stratified_part
 from prompt_tune.data.images import ImageSplit
+from prompt_tune.data.source import DataSource
 from prompt_tune.method import Method
 from prompt_tune.metrics import evaluate as measure
 from prompt_tune.predictions import Predictions, save_predictions
@@ -127,6 +128,16 @@ def _part_of(
         return SampleList.load(file).apply(images), None
     chosen = stratified_part(images, part, PART_SEED)
     return chosen.apply(images), chosen
+
+
+def evaluated_images(source: DataSource, folder: Path, split: str, part: int | None) -> ImageSplit:
+    """The images an evaluation of a run is about.
+
+    Raises:
+        DataError: no such split, or it is empty.
+    """
+    images = split_of(source, split, source.dataset)
+    return _part_of(images, part, metrics_file(folder, split, part).parent)[0]
 
 
 def _refuse_other_images(place: Path, images: ImageSplit) -> None:

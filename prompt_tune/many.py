@@ -12,13 +12,14 @@ from typing import Any
 from cache.errors import RecipeError
 from cache.recipe import apply_overrides, parse_yaml, validate
 from prompt_tune.checkpoint import read_json, write_json
-from prompt_tune.evaluation import evaluate, load_run, metrics_file
+from prompt_tune.evaluation import evaluate, evaluated_images, load_run, metrics_file
 from prompt_tune.recipe import TuneRecipe
 from prompt_tune.run_folder import is_of
 from prompt_tune.shelf import Shelf
 from prompt_tune.tuning import tune
 
 RUNS = "runs.json"
+MOST_SEEDS = 10_000  # in one range
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
+        if last < first or last - first >= MOST_SEEDS:
             what, wanted = "not a list of seeds", "numbers and ranges, as in 1-20,30"
             raise RecipeError(what, where="--seeds", found=repr(text), wanted=wanted)
         seeds += range(first, last + 1)
@@ -98,7 +99,14 @@ def parse_grid(axes: Sequence[str]) -> dict[str, tuple[Any, ...]]:
 def combinations(
     seeds: Sequence[int], grid: Mapping[str, Sequence[Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Every choice of one value per axis and a seed; seeds vary fastest."""
+    """Every choice of one value per axis and a seed; seeds vary fastest.
+
+    Raises:
+        RecipeError: seeds are given in both ways.
+    """
+    if seeds and "seed" in grid:
+        what = "seeds stand in the grid too"
+        raise RecipeError(what, where="--grid seed", do="Use --seeds alone.")
     axes = {**grid, "seed": seeds} if seeds else grid
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))
@@ -119,7 +127,7 @@ def _chosen(recipe: TuneRecipe, choices: Mapping[str, Any]) -> TuneRecipe:
     data = recipe.model_dump(mode="json")
     for key, value in choices.items():
         for place in ("seed", "samples.seed") if key == "seed" else (key,):
-            data = apply_overrides(data, [f"{place}={_plain(value)}"])
+            data = apply_overrides(data, [f"{place}={json.dumps(value)}"])
     return validate(TuneRecipe, data, where=_name(choices))
 
 
@@ -154,17 +162,25 @@ def tune_many(
         VademecumError: see `tune`.
     """
     planned = [(dict(c), _chosen(recipe, c)) for c in choices]
+    names = [_name(chosen) or "run" for chosen, _ in planned]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        what = "two combinations would share one run folder"
+        raise RecipeError(what, where="--grid", found=twice, do="Give each value once.")
     shelf, rows = Shelf(), []
-    for chosen, one in planned:
-        folder = out / (_name(chosen) or "run")
+    earlier = _earlier(out / RUNS, split, part, names)
+    for name, (chosen, one) in zip(names, planned, strict=True):
+        folder = out / name
         result = tune(one, data=data, out=folder, knowledge=knowledge, device=device, shelf=shelf)
         metrics = None
         if split is not None:
             setup = result.setup
             known = metrics_file(folder, split, part)
             found = read_json(known) if setup is None and known.is_file() else None
-            if found is None or not is_of(found, result.run):
-                setup = setup or load_run(folder, device=device, shelf=shelf)
+            images = evaluated_images(shelf.data(data, one.classes), folder, split, part)
+            if found is None or not is_of(found, result.run) or found["data"] != images.digest:
+                setup = setup or load_run(
+                    folder, data=data, knowledge=knowledge, device=device, shelf=shelf
+                )
                 found = evaluate(folder, split=split, part=part, setup=setup).result
             metrics = found["metrics"]
         rows.append(
@@ -176,5 +192,16 @@ def tune_many(
                 "metrics": metrics,
             }
         )
-        write_json(out / RUNS, {"format": 1, "split": split, "part": part, "runs": rows})
+        record = {"format": 1, "split": split, "part": part, "runs": [*earlier, *rows]}
+        write_json(out / RUNS, record)
     return Runs(out, rows)
+
+
+def _earlier(file: Path, split: str | None, part: int | None, names: Sequence[str]) -> list[Any]:
+    """The rows of an earlier call that evaluated in the same way, without those done again."""
+    if not file.is_file():
+        return []
+    known = read_json(file)
+    if (known.get("split"), known.get("part")) != (split, part):
+        return []
+    return [row for row in known.get("runs", []) if row.get("run") not in names]

@@ -63,7 +63,10 @@ class MergeConflictsError(CacheMismatchError):
         first = "; ".join(conflict.describe() for conflict in self.conflicts[:FIRST])
         more = f"; and {count - FIRST} more" if count > FIRST else ""
         files = " and ".join(sorted({name for one in self.conflicts for name in one.files}))
-        do = "Nothing was written. Compare with `vademecum cache diff`, or prefer one file."
+        do = (
+            "Nothing was written. Compare with `vademecum cache diff`; preferring one file decides "
+        )
+        do += "entries, not class tables and block specifications."
         what = f"{count} conflict{'s'[: count > 1]}: {first}{more}"
         super().__init__(what, where=files, do=do)
 

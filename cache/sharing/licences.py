@@ -4,6 +4,7 @@ A cache holds what a model computed. Whether that falls under the model's licenc
 a lawyer; this table only says what the licence is and what its text asks of material under it.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -93,14 +94,34 @@ TABLE: tuple[Licence, ...] = (
         (_KEEP, "Pass a copy of the licence on.", "Keep the NOTICE file, if there is one."),
     ),
     Licence(
-        ("mit", "mit-0", "isc", "bsd", "bsd-*", "0bsd", "ncsa", "zlib", "bsl-1.0", "afl-3.0"),
+        (
+            "mit",
+            "mit-0",
+            "isc",
+            "bsd",
+            "bsd-2-clause",
+            "bsd-3-clause",
+            "0bsd",
+            "ncsa",
+            "zlib",
+            "bsl-1.0",
+            "afl-3.0",
+        ),
         "permissive",
         (_KEEP,),
     ),
     Licence(("postgresql", "ms-pl", "ecl-2.0", "cdla-permissive-*"), "permissive", (_KEEP,)),
     Licence(("unlicense", "cc0-1.0", "pddl", "pddl-1.0", "wtfpl"), "permissive"),
-    Licence(("cc-by-sa-*",), "copyleft", (_CREDIT, "Pass changed material on under this licence.")),
-    Licence(("cc-by-[0-9]*", "odc-by", "odc-by-1.0", "etalab-2.0"), "permissive", (_CREDIT,)),
+    Licence(
+        ("cc-by-sa-[0-9].0", "cc-by-sa-2.5"),
+        "copyleft",
+        (_CREDIT, "Pass changed material on under this licence."),
+    ),
+    Licence(
+        ("cc-by-[0-9].0", "cc-by-2.5", "odc-by", "odc-by-1.0", "etalab-2.0"),
+        "permissive",
+        (_CREDIT,),
+    ),
     Licence(
         ("gpl*", "agpl*", "lgpl*", "mpl-2.0", "epl-*", "eupl*", "osl-3.0", "odbl*", "gfdl*"),
         "copyleft",
@@ -148,12 +169,28 @@ TABLE: tuple[Licence, ...] = (
 )
 
 
+_RESTRICTED = {"nc", "noncommercial", "commercial"}  # as a word of a tag
+
+
+def _row(tag: str) -> Licence | None:
+    return next((r for r in TABLE if any(fnmatchcase(tag, p) for p in r.names)), None)
+
+
 def licence_of(text: str) -> Licence:
     """What is known of a licence by its SPDX id or hub tag, in any case; unknown if nothing."""
     tag = "-".join(text.strip().casefold().split())
-    for row in TABLE:
-        if any(fnmatchcase(tag, pattern) for pattern in row.names):
-            return Licence((text.strip(),), row.kind, row.duties)
+    words = set(re.split(r"[^a-z0-9.+]+", tag))
+    parts = [part for part in re.split(r"-(?:and|or)-|[,;/&()]+", tag) if part.strip("-")]
+    row = _row(tag)
+    if row is not None and (row.kind in REFUSED or not words & _RESTRICTED):
+        return Licence((text.strip(),), row.kind, row.duties)
+    if len(parts) > 1 or words & _RESTRICTED:  # the strictest part counts
+        rows = [_row(part.strip("-")) for part in parts]
+        kinds: list[Kind] = [one.kind if one else "unknown" for one in rows]
+        kinds += ["non-commercial"] if words & _RESTRICTED else []
+        duties = dict.fromkeys(duty for one in rows if one for duty in one.duties)
+        strictest = max(kinds, key=STRICTNESS.index)
+        return Licence((text.strip(),), strictest, (*duties, READ))
     return Licence((text.strip() or "not stated",), "unknown", (READ,))
 
 

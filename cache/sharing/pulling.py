@@ -202,7 +202,8 @@ def _pull_signature(remote: Remote, out: Path) -> Path | None:
     if not data.startswith(SIGNATURE) or len(data) > LARGEST_SIGNATURE:
         return None
     path = out.with_name(out.name + ".sig")
-    write_atomic(path, data)
+    if not write_atomic(path, data, replace=False) and path.read_bytes() != data:
+        return None  # another signature of yours stands there
     return path
 
 

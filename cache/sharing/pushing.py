@@ -1,10 +1,12 @@
 """Pushing: a cache to another place, after a look at what must not leave and a read back."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cache.combining.joining import recipes_of
 from cache.durable import storage_errors
 from cache.errors import CacheFormatError, CacheMismatchError, ValueRefusedError
 from cache.inspect import safe_text, verify
@@ -87,7 +89,8 @@ def _refuse_image_derived(file: Path) -> None:
 
 
 def _refuse_marked(opened: KnowledgeCache) -> None:
-    tables = {"provenance": opened.provenance, "recipe": opened.recipe}
+    tables: dict[str, Mapping[str, Any]] = {"provenance": opened.provenance}
+    tables |= {f"recipe {n}": part for n, part in enumerate(recipes_of(opened.recipe))}
     tables |= {f"block {name}": dict(block.spec) for name, block in opened.blocks.items()}
     for where, table in tables.items():
         marked = any(table.get(m) not in (None, False, "no", "false") for m in MARKS)
@@ -175,8 +178,8 @@ def _put_beside(remote: Remote, suffix: str, data: bytes) -> str:
     beside = remote.beside(suffix)
     try:
         with beside.reading() as stream:
-            if stream.read(len(data) + 1) == data:
-                return beside.name
+            if stream.read(len(data) + 1) == data or suffix == ".sig":
+                return beside.name  # a signature that was published is not replaced
     except FileNotFoundError:
         pass
     beside.put_small(data)

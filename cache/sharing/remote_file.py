@@ -58,7 +58,10 @@ class Remote:
         parts = urlsplit(address)
         self.shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
         if parts.scheme in {"s3", "hf"}:  # `@revision` and `#` are parts of a name there
-            self.shown = address
+            bucket = parts.netloc.rpartition("@")[2] if parts.scheme == "s3" else parts.netloc
+            query = f"?{parts.query}" if parts.query and parts.scheme == "hf" else ""
+            self.shown = f"{parts.scheme}://{bucket}{parts.path}{query}"
+            self.shown += f"#{parts.fragment}" if parts.fragment else ""
         self.name = unquote(parts.path.rpartition("/")[2])
 
     def beside(self, suffix: str) -> "Remote":

@@ -89,3 +89,22 @@ def test_the_notice_names_content_model_licence_and_duties() -> None:
     assert text.startswith(f"Knowledge cache {'ab' * 32}\nmade with: org/name\n")
     assert "licence apache-2.0: permissive" in text
     assert "  - Pass a copy of the licence on." in text
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("cc-by-2.0 and cc-by-nc-2.0", "non-commercial"),
+        ("Apache-2.0 or MIT", "permissive"),
+        ("mit, cc-by-nd-4.0", "no-derivatives"),
+        ("apache-2.0/gemma", "custom"),
+        ("cc-by-4.0-nc", "unknown"),
+        ("bsd-nc", "unknown"),
+        ("bsd-3-clause-no-military", "unknown"),
+        ("some-non-commercial-licence", "unknown"),
+        ("cc-by-4.0", "permissive"),
+        ("cc-by-2.5", "permissive"),
+    ],
+)
+def test_of_several_parts_the_strictest_counts(text, kind):
+    assert licence_of(text).kind == kind

@@ -554,3 +554,28 @@ def test_a_cache_goes_to_a_hub_and_comes_back(shared: Shared, file: Path, out: P
     assert not first["already"] and again["already"] and pulled == {"resumed": 0}
     assert [text.split(": ")[1].split(".")[0] for text in refused] == ["there is no such file"] * 2
     assert out.read_bytes() == shared.data
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("s3://KEY:SECRET@bucket/x.h5", "s3://bucket/x.h5"),
+        ("s3://bucket/x.h5?X-Amz-Signature=abc", "s3://bucket/x.h5"),
+        ("hf://org/name@main/x.h5", "hf://org/name@main/x.h5"),
+        ("https://me:secret@host/x.h5?token=abc", "https://host/x.h5"),
+    ],
+)
+def test_no_secret_of_an_address_is_shown(address, shown):
+    assert remote_file.remote_at(address).shown == shown
+
+
+def test_a_signature_of_ones_own_is_not_replaced(make, tmp_path):
+    make.tiny_cache_at(tmp_path / "a.h5")
+    start = "-----BEGIN SSH SIGNATURE-----\n"
+    (tmp_path / "a.h5.sig").write_text(start + "theirs")
+    (tmp_path / "b.h5").write_bytes((tmp_path / "a.h5").read_bytes())
+    (tmp_path / "b.h5.sig").write_text("mine")
+    pull(str(tmp_path / "a.h5"), tmp_path / "b.h5")
+    assert (tmp_path / "b.h5.sig").read_text() == "mine"
+    pull(str(tmp_path / "a.h5"), tmp_path / "c.h5")
+    assert (tmp_path / "c.h5.sig").read_text().endswith("theirs")

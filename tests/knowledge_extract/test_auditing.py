@@ -12,7 +12,7 @@ from cache.folder import ShardFolder
 from cache.sealing import seal
 from cache.store import KnowledgeCache
 from knowledge_extract import extract
-from knowledge_extract.auditing import audit
+from knowledge_extract.auditing import AuditReport, Finding, audit
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.tolerance import COMPUTE, tolerance
 
@@ -95,6 +95,46 @@ def test_the_file_cannot_talk_the_auditor_into_a_loose_tolerance(honest, model, 
     forged = resealed(honest, tmp_path / "loose.h5", change, provenance=loose)
     assert not audit(forged, k=1000, model=model, run=CPU).passed
     assert audit(forged, k=1000, model=model, run=CPU, allowed=0.02).passed
+
+
+def finding(verdict):
+    return Finding("answers", "a", 0, verdict, None, None)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "passed"),
+    [
+        (["agrees"] * 3, True),
+        (["agrees"] * 2 + ["undecided"], True),
+        (["agrees"] * 3 + ["undecided"] * 2, False),
+        (["undecided"] * 3, False),
+        (["agrees"] * 9 + ["differs"], False),
+        ([], False),
+    ],
+)
+def test_many_undecided_entries_do_not_pass(verdicts, passed):
+    assert AuditReport("id", 1, 9, tuple(map(finding, verdicts))).passed is passed
+
+
+def test_only_the_answer_a_state_was_read_of_excuses_it(make_recipe, recipe_data, model, tmp_path):
+    """In bfloat16; the model's other answer of the same class fell otherwise."""
+    blocks = {k: recipe_data["blocks"][k] for k in ("answers", "layers")}
+    blocks["others"] = {"kind": "answers", "max_new_tokens": 3}
+    extract(make_recipe(blocks=blocks, compute_dtype="bfloat16"), tmp_path / "k.h5", CPU)
+
+    def change(entry):
+        if entry.block == "others":
+            return Entry(*_place(entry), {**entry.values, "text": "no"}, entry.source_digest)
+        if entry.block == "layers":
+            values = np.asarray(entry.values["values"]) * np.float32(3)
+            return Entry(*_place(entry), {"values": values}, entry.source_digest)
+        return entry
+
+    forged = resealed(tmp_path / "k.h5", tmp_path / "forged.h5", change)
+    found = audit(forged, k=1000, model=model, run=CPU).findings
+    verdicts = {one.block: one.verdict for one in found}
+    assert verdicts["others"] == "undecided"
+    assert verdicts["layers"] == "differs"
 
 
 def test_the_seed_repeats_the_draw(honest, model):

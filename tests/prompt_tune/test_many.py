@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cli
-from cache.errors import RecipeError
+from cache.errors import RecipeError, RunError
 from cache.recipe import validate
 from prompt_tune import many, shelf
 from prompt_tune.evaluation import evaluate
@@ -130,7 +130,7 @@ def test_a_bad_combination_is_refused_before_the_first_run(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("text", ["", "3-1", "1,1", "a", "1-", "-1", "1.5"])
+@pytest.mark.parametrize("text", ["", "3-1", "1,1", "a", "1-", "-1", "1.5", "0-999999999"])
 def test_bad_seeds(text: str) -> None:
     with pytest.raises(RecipeError, match=r"--seeds: (not a list of seeds|a seed stands twice)"):
         parse_seeds(text)
@@ -162,3 +162,51 @@ def test_on_the_command_line(problem: SimpleNamespace, tmp_path: Path) -> None:
     as_json = CliRunner().invoke(cli.app, [*line, "--json"])
     rows = json.loads(as_json.stdout)
     assert [row["was_finished"] for row in rows] == [True, True]
+
+
+def test_changed_test_images_are_refused_and_earlier_rows_stay(
+    problem: SimpleNamespace, tmp_path: Path, toy: ModuleType
+) -> None:
+    data = toy.images(tmp_path / "images")
+    arguments = {"data": str(data), "knowledge": problem.knowledge, "split": "test"}
+    one = recipe_of(problem, train={"epochs": 1, "batch_size": 3, "lr": 0.01})
+    tune_many(one, [{"seed": 1}], out=tmp_path / "runs", **arguments)
+    tune_many(one, [{"seed": 2}], out=tmp_path / "runs", **arguments)
+    written = json.loads((tmp_path / "runs" / "runs.json").read_text())
+    assert [row["run"] for row in written["runs"]] == ["seed=1", "seed=2"]
+
+    picture = next((tmp_path / "images" / "test").glob("*/0.png"))
+    picture.write_bytes(next((tmp_path / "images" / "train").glob("*/1.png")).read_bytes())
+    with pytest.raises(RunError, match="the run was evaluated on other images here"):
+        tune_many(one, [{"seed": 1}], out=tmp_path / "runs", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "grid", "match"),
+    [
+        ((), {"method.rank": (1, 1)}, "two combinations would share one run folder"),
+        ((1,), {"seed": (2,)}, "seeds stand in the grid too"),
+    ],
+)
+def test_combinations_that_collide(problem, tmp_path, seeds, grid, match) -> None:
+    with pytest.raises(RecipeError, match=match):
+        tune_many(
+            recipe_of(problem), combinations(seeds, grid), data=problem.data, out=tmp_path / "r"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--seeds", "1", "--overwrite"], "--overwrite: cannot be used with --seeds or --grid"),
+        (["--eval", "test"], "--eval: cannot be used without --seeds or --grid"),
+        (["--seeds", "1", "--part", "3"], "--part: cannot be used without --eval"),
+    ],
+)
+def test_options_that_would_be_ignored(problem, tmp_path, options, match) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe_of(problem).model_dump(mode="json")))
+    line = ["tune", str(file), "--data", problem.data, "--out", str(tmp_path / "r"), *options]
+    result = CliRunner().invoke(cli.app, line)
+    assert isinstance(result.exception, RecipeError)
+    assert match in str(result.exception)

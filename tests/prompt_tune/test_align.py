@@ -265,7 +265,7 @@ def test_nothing_half_made_is_left(
         align_data(spec_of(towers), data=data, out=place / "aligned")
     assert list(place.iterdir()) == []
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match=r"file: File exists"):
+    with pytest.raises(StorageError, match=r"file: a file stands where a folder should be"):
         align_data(spec_of(towers), data=data, out=tmp_path / "file" / "aligned")
 
 

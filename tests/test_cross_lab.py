@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -90,7 +91,7 @@ def extract(world: SimpleNamespace, lab: str, classes: tuple[str, ...]) -> Path:
 
 def tune(world: SimpleNamespace, lab: str, knowledge: Path) -> Path:
     """A run in a process in which the extraction extras look as if they were not installed."""
-    recipe = world.folder / "tune.yaml"
+    recipe = world.folder / f"tune-{lab}.yaml"
     recipe.write_text(
         f"backbone: {{folder: '{world.backbone}'}}\n"
         "method: {name: cilmp, text_depth: 2, visual_depth: 0, prefix: 1, suffix: 1, rank: 2}\n"
@@ -105,15 +106,26 @@ def tune(world: SimpleNamespace, lab: str, knowledge: Path) -> Path:
     return run
 
 
+def at_once(*work: Callable[[], Path]) -> list[Path]:
+    """The results of several laboratories that work at the same time."""
+    with ThreadPoolExecutor(len(work)) as pool:
+        return [future.result() for future in [pool.submit(one) for one in work]]
+
+
 @pytest.mark.slow
 def test_the_cross_lab_story(world: SimpleNamespace) -> None:
     store = (world.folder / "store").as_uri()
+    made = at_once(
+        lambda: extract(world, "lab-a", CLASSES[4::-1]),
+        lambda: extract(world, "lab-b", CLASSES[3:]),
+        lambda: extract(world, "lab-d", CLASSES),
+    )
     ids = {}
-    for lab, classes in (("lab-a", CLASSES[4::-1]), ("lab-b", CLASSES[3:])):
-        cache = extract(world, lab, classes)
+    for lab, cache in zip(("lab-a", "lab-b"), made, strict=False):
         pushed = vademecum(
-            cache.parent, "cache", "push", "k.h5", f"{store}/{lab}.h5", "--json", "--accept-privacy"
-        )
+            cache.parent, "cache", "push", "k.h5", f"{store}/{lab}.h5", "--json",
+            "--accept-privacy",
+        )  # fmt: skip
         ids[lab] = json.loads(pushed)["content_id"]
 
     lab = world.folder / "lab-c"
@@ -124,9 +136,9 @@ def test_the_cross_lab_story(world: SimpleNamespace) -> None:
     merged = vademecum(lab, "cache", "merge", "lab-a.h5", "lab-b.h5", "--out", "k.h5", "--json")
     assert json.loads(merged)["deduplicated"] == 2 * 4  # classes 4 and 5, four blocks
 
-    single = extract(world, "lab-d", CLASSES)
+    single = made[2]
     assert single.read_bytes() == (lab / "k.h5").read_bytes()
-    runs = [tune(world, "lab-c", lab / "k.h5"), tune(world, "lab-d", single)]
+    runs = at_once(lambda: tune(world, "lab-c", lab / "k.h5"), lambda: tune(world, "lab-d", single))
     weights = [load_file(run / "weights.safetensors") for run in runs]
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])

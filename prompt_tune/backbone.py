@@ -101,6 +101,7 @@ class Backbone:
         fingerprint: SHA-256 over every weight, the configuration, the tokenizer and, where the
             backbone was aligned, the list of images that alignment saw.
         image_fingerprint: over the image tower and its preprocessing alone.
+        text_fingerprint: over everything else: text tower, projection and tokenizer.
         notes: what a reader of a result must know about it.
         config: the open_clip configuration, without paths.
         alignment: what alignment saw; None for a backbone that was not aligned.
@@ -115,6 +116,7 @@ class Backbone:
     preprocess: Preprocess
     fingerprint: str
     image_fingerprint: str
+    text_fingerprint: str
     embed_dim: int
     notes: dict[str, str]
     config: dict[str, Any] = field(repr=False)
@@ -150,7 +152,7 @@ class Backbone:
             }
         )
         rest = ((n, w) for n, w in model.state_dict().items() if not n.startswith("visual."))
-        whole = {
+        whole: dict[str, Any] = {
             "image": image_digest,
             "weights": weights_digest(rest),
             "config": config | {"text_model": _hf_settings(model)},
@@ -169,6 +171,10 @@ class Backbone:
             preprocess=preprocess,
             fingerprint=digest_of(whole),
             image_fingerprint=image_digest,
+            text_fingerprint=digest_of(
+                {k: whole[k] for k in ("weights", "tokenizer")}
+                | {"config": {k: v for k, v in whole["config"].items() if k != "vision_cfg"}}
+            ),
             embed_dim=int(config["embed_dim"]),
             notes=notes,
             config=config,

@@ -1,18 +1,23 @@
-"""Knowledge rows of CILMP from a sealed cache, and the controls that replace them."""
+"""Knowledge rows and hidden states from a sealed cache, and the controls that replace them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache.errors import MissingKnowledgeError, RecipeError
+from cache.errors import MissingKnowledgeError
 from cache.registry import suggest
 from cache.store import Block, KnowledgeCache
+from prompt_tune.backbone import Backbone
+from prompt_tune.controls import derangement, gaussian_like
 from prompt_tune.data.source import DataClass
-from prompt_tune.method import KnowledgeRows
+from prompt_tune.method import KnowledgeRows, Need
 from prompt_tune.recipe import KnowledgeSpec
+from prompt_tune.texts import LoadedTexts, load_texts
 
 USUAL_BLOCK = {
     "layers": "layers",
@@ -31,13 +36,23 @@ class LoadedKnowledge:
         content_id: of the whole cache.
         block_id: of the block the rows came from; unchanged when other blocks are added.
         unused: class ids the cache holds and the data does not.
+        texts: texts, symptoms and attributes, and the ids of their blocks.
     """
 
     rows: KnowledgeRows | None
     content_id: str
-    block: str
-    block_id: str
+    block: str | None
+    block_id: str | None
     unused: tuple[str, ...]
+    texts: LoadedTexts
+
+
+class LoadedRows(NamedTuple):
+    """Rows, and the name and id of the block they came from; None without rows."""
+
+    rows: KnowledgeRows | None
+    block: str | None
+    block_id: str | None
 
 
 def _block(cache_file: KnowledgeCache, spec: KnowledgeSpec, path: Path | str) -> Block:
@@ -98,22 +113,6 @@ def class_rows(block: Block, class_id: str, spec: KnowledgeSpec, path: Path | st
     return _keep(np.stack([s[0, layer] for s in items]), spec.keep, spaced=False)
 
 
-def derangement(count: int, seed: int) -> tuple[int, ...]:
-    """A seeded permutation of `count` classes that leaves none in its place.
-
-    Raises:
-        RecipeError: fewer than two classes have no derangement.
-    """
-    if count < 2:
-        what = "knowledge cannot be shuffled between fewer than two classes"
-        raise RecipeError(what, where="knowledge.control", found=f"{count} classes")
-    random = np.random.default_rng(seed)
-    while True:
-        order = random.permutation(count)
-        if not (order == np.arange(count)).any():
-            return tuple(int(i) for i in order)
-
-
 def _scaled(rows: Tensor, spec: KnowledgeSpec) -> Tensor:
     if spec.scale == "raw":
         return rows
@@ -124,13 +123,27 @@ def _controlled(rows: list[Tensor], spec: KnowledgeSpec, seed: int) -> list[Tens
     if spec.control == "shuffled":
         return [rows[i] for i in derangement(len(rows), seed)]
     if spec.control == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return [
-            torch.randn(r.shape, generator=generator) * r.std(1, keepdim=True, correction=0)
-            + r.mean(1, keepdim=True)
-            for r in rows
-        ]
+        return gaussian_like(rows, seed)
     return rows
+
+
+def load_rows(
+    opened: KnowledgeCache, spec: KnowledgeSpec, *, class_ids: Sequence[str], seed: int
+) -> LoadedRows:
+    """The knowledge rows a recipe asks for, in the order of the data's labels.
+
+    Raises:
+        MissingKnowledgeError: the cache lacks a block, layer or item.
+    """
+    block = _block(opened, spec, opened.path)
+    rows = [
+        _scaled(torch.from_numpy(class_rows(block, c, spec, opened.path).astype("f4")), spec)
+        for c in class_ids
+    ]
+    used = None
+    if spec.control != "none":
+        used = KnowledgeRows(tuple(_controlled(rows, spec, seed)))
+    return LoadedRows(used, block.name, block.id)
 
 
 def load_knowledge(
@@ -140,21 +153,34 @@ def load_knowledge(
     dataset: str,
     classes: tuple[DataClass, ...],
     seed: int,
+    needs: frozenset[Need] = frozenset({"rows"}),
+    backbone: Backbone | None = None,
 ) -> LoadedKnowledge:
-    """The knowledge rows a recipe asks for, in the order of the data's labels.
+    """What a method needs of a cache, in the order of the data's labels.
+
+    Args:
+        opened: the cache.
+        spec: which blocks, and the control.
+        dataset: id of the data.
+        classes: of the data, in label order.
+        seed: of the control.
+        needs: see `Method.needs`.
+        backbone: embeds texts; only for methods that need them.
 
     Raises:
         CacheError: the cache is damaged, is another one, or lacks a class, block or layer.
     """
     alignment = opened.align(dataset, [(c.id, c.name, c.modality) for c in classes])
-    block = _block(opened, spec, opened.path)
-    rows = [
-        _scaled(torch.from_numpy(class_rows(block, c.id, spec, opened.path).astype("f4")), spec)
-        for c in classes
-    ]
-    used = None
-    if spec.control != "none":
-        used = KnowledgeRows(tuple(_controlled(rows, spec, seed)))
+    ids = [c.id for c in classes]
+    rows = LoadedRows(None, None, None)
+    if "rows" in needs:
+        rows = load_rows(opened, spec, class_ids=ids, seed=seed)
+    texts = load_texts(opened, spec, needs, class_ids=ids, backbone=backbone, seed=seed)
     return LoadedKnowledge(
-        used, opened.content_id, block.name, block.id, tuple(c.id for c in alignment.unused)
+        rows.rows,
+        opened.content_id,
+        rows.block,
+        rows.block_id,
+        tuple(c.id for c in alignment.unused),
+        texts,
     )

@@ -30,6 +30,22 @@ def averaged_names(method: Method, spec: TrainSpec) -> frozenset[str]:
     return frozenset(method.trainable()) if spec.average == "trainables" else method.prompts()
 
 
+SLOTS = {
+    "sgd": {"momentum": "momentum_buffer"},
+    "adamw": {"mean": "exp_avg", "square": "exp_avg_sq", "updates": "step"},
+}
+"""What each optimiser remembers of a tensor: the name in a saved state, and torch's."""
+
+
+def new_optimizer(method: Method, spec: TrainSpec) -> torch.optim.Optimizer:
+    """The optimiser of a recipe over a method's trainable tensors."""
+    parameters = list(method.trainable().values())
+    rate, decay = spec.lr, spec.weight_decay
+    if spec.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=rate, momentum=spec.momentum, weight_decay=decay)
+
+
 def accuracy(method: Method, cases: Cases, size: int) -> float:
     """Share of cases whose highest logit is their label's; probability 0..1."""
     hits = 0
@@ -42,9 +58,9 @@ def accuracy(method: Method, cases: Cases, size: int) -> float:
 class _Progress:
     """Everything that changes during training and is saved with a state."""
 
-    def __init__(self, method: Method, optimizer: torch.optim.SGD, spec: TrainSpec):
+    def __init__(self, method: Method, optimizer: torch.optim.Optimizer, spec: TrainSpec):
         self.parameters = method.trainable()
-        self.optimizer = optimizer
+        self.optimizer, self.slots = optimizer, SLOTS[spec.optimizer]
         averaged, published = averaged_names(method, spec), spec.average == "published"
         self.average = {
             n: torch.zeros_like(
@@ -62,9 +78,9 @@ class _Progress:
         tensors: dict[str, Tensor] = {"loss_sum": self.loss_sum}
         for name, parameter in self.parameters.items():
             tensors[f"trainable/{name}"] = parameter
-            momentum = self.optimizer.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum/{name}"] = momentum
+            for group, slot in self.slots.items():
+                if (value := self.optimizer.state[parameter].get(slot)) is not None:
+                    tensors[f"{group}/{name}"] = value
         tensors |= {f"average/{n}": t for n, t in self.average.items()}
         tensors |= {f"best/{n}": t for n, t in self.best.items()}
         return TrainState(epoch, step, tensors, self.notes)
@@ -75,8 +91,10 @@ class _Progress:
         like |= {f"trainable/{n}": p for n, p in self.parameters.items()}
         like |= {f"average/{n}": t for n, t in self.average.items()}
         required = frozenset(like)
-        for group in ("momentum", "best"):
+        for group in (*self.slots, "best"):
             like |= {f"{group}/{n}": p for n, p in self.parameters.items()}
+        if "updates" in self.slots:
+            like |= {f"updates/{n}": torch.zeros(()) for n in self.parameters}
         return like, required
 
     def restore(self, state: TrainState) -> None:
@@ -84,9 +102,10 @@ class _Progress:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state.tensors[f"trainable/{name}"])
-                if (momentum := state.tensors.get(f"momentum/{name}")) is not None:
-                    buffer = momentum.to(parameter.device)
-                    self.optimizer.state[parameter]["momentum_buffer"] = buffer
+                for group, slot in self.slots.items():
+                    if (kept := state.tensors.get(f"{group}/{name}")) is not None:
+                        place = parameter.device if kept.ndim else torch.device("cpu")
+                        self.optimizer.state[parameter][slot] = kept.to(place)
             for name, value in self.average.items():
                 value.copy_(state.tensors[f"average/{name}"])
         self.best = {
@@ -114,16 +133,14 @@ def train(
 ) -> dict[str, Any]:
     """Trains `method` in place and returns its history and timing.
 
-    SGD with momentum and weight decay on every trainable tensor, mean loss per batch, learning
-    rate per epoch. State is saved in `folder` after every epoch (and every `checkpoint_steps`).
+    SGD with momentum, or AdamW, with weight decay on every trainable tensor, mean loss per batch,
+    learning rate per epoch. State is saved in `folder` after every epoch (and every
+    `checkpoint_steps`).
 
     Raises:
         RunError: the saved state belongs to another recipe, or the loss stopped being finite.
     """
-    parameters = list(method.trainable().values())
-    optimizer = torch.optim.SGD(
-        parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
-    )
+    optimizer = new_optimizer(method, spec)
     at = _Progress(method, optimizer, spec)
     start_epoch, start_step = 1, 0
     like, required = at.like()
@@ -148,10 +165,9 @@ def train(
                 torch.manual_seed(derive_seed(cases.seed, "step", epoch, step))
                 method.train()
                 optimizer.zero_grad(set_to_none=True)
-                loss = method.loss(cases.batch(batches[step], epoch=epoch))
-                loss.backward()
+                loss = method.backward(cases.batch(batches[step], epoch=epoch))
                 optimizer.step()
-                value = loss.detach().double().cpu()
+                value = loss.double().cpu()
                 if not torch.isfinite(value):
                     what = f"the loss is {float(value)} at epoch {epoch}, step {step + 1}"
                     raise RunError(what, where=folder, do="Lower train.lr.")

@@ -46,6 +46,34 @@ class KnowledgeRows:
 
 
 @dataclass(frozen=True)
+class ClassTexts:
+    """Texts of each class, in label order, and what the backbone's text tower makes of them.
+
+    Attributes:
+        strings: the texts; empty where a control has replaced their embeddings.
+        embeddings: per class, before normalisation.
+    """
+
+    strings: tuple[tuple[str, ...], ...]
+    embeddings: tuple[Float[Tensor, "texts embed"], ...]
+
+    @property
+    def even(self) -> bool:
+        """Whether every class has equally many."""
+        return len({len(e) for e in self.embeddings}) == 1
+
+    def means(self) -> Float[Tensor, "classes embed"]:
+        """Per class, the normalised mean of the normalised embeddings."""
+        return torch.stack(
+            [F.normalize(F.normalize(e, dim=-1).mean(dim=0), dim=0) for e in self.embeddings]
+        )
+
+
+Need = Literal["rows", "texts", "symptoms", "attributes"]
+"""What a method may read from a knowledge cache."""
+
+
+@dataclass(frozen=True)
 class Problem:
     """Everything a method may read when it is built.
 
@@ -55,6 +83,10 @@ class Problem:
         template: the caption of one class, with `{}` for its name.
         templates: the captions of a prompt ensemble.
         rows: knowledge rows, or None where the run uses none.
+        texts: texts about each class, or None likewise.
+        symptoms: per class, short phrases of what is seen, without the class name.
+        attributes: per class, the values of each attribute, best first.
+        train_labels: of the training images, in the order in which `fit` gets them.
         seed: seeds every initial value.
     """
 
@@ -63,6 +95,10 @@ class Problem:
     template: str = "a photo of a {}."
     templates: tuple[str, ...] = ()
     rows: KnowledgeRows | None = None
+    texts: ClassTexts | None = None
+    symptoms: tuple[tuple[str, ...], ...] | None = None
+    attributes: tuple[Mapping[str, tuple[str, ...]], ...] | None = None
+    train_labels: Int[Tensor, "cases"] | None = None
     seed: int = 1
 
 
@@ -77,13 +113,14 @@ class Method(nn.Module):
 
     Attributes:
         Config: the settings, read from the recipe's `method` table.
-        needs_knowledge: whether the method reads knowledge rows from the cache.
+        needs: what it reads from the knowledge cache. With `knowledge.control: none` it gets None
+            for all of them and has to do without.
         fitted_by: `gradient` (the training loop), `solver` (its own `fit`) or `nothing`.
         reads_images: whether it needs pixels; otherwise cached image features are enough.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    needs_knowledge: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Need]] = frozenset()
     fitted_by: ClassVar[Literal["gradient", "solver", "nothing"]] = "gradient"
     reads_images: bool = False
 
@@ -111,6 +148,15 @@ class Method(nn.Module):
         """Mean cross-entropy of the logits unless a method says otherwise."""
         return F.cross_entropy(self.logits(batch), batch.labels)
 
+    def backward(self, batch: Batch) -> Float[Tensor, ""]:
+        """The loss of a step, its gradients added to the parameters.
+
+        A method whose gradient is not that of one loss overrides this.
+        """
+        loss = self.loss(batch)
+        loss.backward()
+        return loss.detach()
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters the optimiser may move, by their name in a checkpoint."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
@@ -120,7 +166,11 @@ class Method(nn.Module):
         return frozenset(self.trainable())
 
     def fit(self, train: Batch, val: Batch | None) -> Mapping[str, float]:
-        """Solves for the parameters at once; only for methods fitted by a solver."""
+        """Solves for the parameters at once; only for methods fitted by a solver.
+
+        Returns:
+            What was chosen, and `steps` and `images_seen` of its own loop if it has one.
+        """
         raise NotImplementedError
 
     def cosine_logits(

@@ -30,9 +30,16 @@ class KnowledgeSpec(RecipePart):
     """Which text of the class, for `tokens`."""
     keep: Positive | None = None
     """At most so many rows per class: evenly spaced layers, or the first texts or tokens."""
+    texts: str = "descriptions"
+    """Name of the block of texts about the classes."""
+    symptoms: str = "symptoms"
+    """Name of the block of texts that are symptom phrases."""
+    attributes: str = "attributes"
+    """Name of the block of attributes."""
     control: Control = "cached"
     """`shuffled`: a seeded derangement of the classes; `random`: Gaussian with each row's mean and
-    variance; `none`: no rows at all."""
+    variance, likewise for the embeddings of texts, and phrases and attribute values of words drawn
+    from those of all classes; `none`: nothing at all."""
     scale: Literal["raw", "unit"] = "raw"
     """`raw`: as the language model left them, as published. `unit`: each row divided by its root
     mean square. A pre-norm tower (CLIP) normalises rows itself; the blocks of a post-norm tower
@@ -57,6 +64,8 @@ class TrainSpec(RecipePart):
     epochs: Positive = 50
     batch_size: Positive = 32
     lr: Annotated[float, Field(gt=0)] = 0.002
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`adamw` has torch's betas; `momentum` is SGD's."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     warmup_epochs: Annotated[int, Field(ge=0)] = 1

@@ -1,5 +1,6 @@
 """Puts a run together: data, sample lists, backbone, knowledge and method."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ from prompt_tune.recipe import SampleSpec, TuneRecipe
 from prompt_tune.seeds import derive_seed
 from prompt_tune.shelf import Shelf
 
+LATER = {
+    "classes": None,
+    "train.optimizer": "sgd",
+    "knowledge.texts": "descriptions",
+    "knowledge.symptoms": "symptoms",
+    "knowledge.attributes": "attributes",
+}
+"""Keys that recipes got after runs were made with them, and the value that changes nothing."""
 VAL_SHOTS = 4  # at most so many validation images per class in few-shot runs, as in CoOp
 
 
@@ -154,9 +163,10 @@ def _refuse_leaks(
 
 
 def _knowledge(
-    recipe: TuneRecipe, source: DataSource, path: Path | None, shelf: Shelf
+    recipe: TuneRecipe, source: DataSource, path: Path | None, shelf: Shelf, backbone: Backbone
 ) -> LoadedKnowledge | None:
-    if not recipe.method_class().needs_knowledge:
+    needs = recipe.method_class().needs
+    if not needs:
         return None
     if path is None:
         what = f"method {recipe.method['name']!r} needs a knowledge cache"
@@ -167,6 +177,8 @@ def _knowledge(
         dataset=source.dataset,
         classes=source.classes,
         seed=derive_seed(recipe.seed, "control"),
+        needs=needs,
+        backbone=backbone,
     )
 
 
@@ -202,13 +214,17 @@ def prepare(
     tower = shelf.backbone(backbone or recipe.backbone, where)
     if tower.alignment is not None:
         _refuse_leaks(tower.alignment, source, splits)
-    loaded = _knowledge(recipe, source, knowledge, shelf)
+    loaded = _knowledge(recipe, source, knowledge, shelf, tower)
     problem = Problem(
         backbone=tower,
         class_names=tuple(c.name for c in source.classes),
         template=source.template,
         templates=source.templates,
         rows=loaded.rows if loaded else None,
+        texts=loaded.texts.texts if loaded else None,
+        symptoms=loaded.texts.symptoms if loaded else None,
+        attributes=loaded.texts.attributes if loaded else None,
+        train_labels=torch.from_numpy(splits["train"].labels).long(),
         seed=recipe.seed,
     )
     torch.manual_seed(derive_seed(recipe.seed, "init"))
@@ -224,8 +240,8 @@ def prepare(
     if loaded is not None:
         bindings["cache"] = {
             "content_id": loaded.content_id,
-            "block": loaded.block,
-            "block_id": loaded.block_id,
+            **({"block": loaded.block, "block_id": loaded.block_id} if loaded.block else {}),
+            **({"texts": loaded.texts.blocks} if loaded.texts.blocks else {}),
             "unused_classes": list(loaded.unused),
         }
     train, val = splits["train"], splits.get("val")
@@ -235,11 +251,15 @@ def prepare(
 def binding_digest(recipe: TuneRecipe, bindings: dict[str, Any]) -> str:
     """What a saved state must have been made with: the recipe and everything it was bound to.
 
-    The cache counts by the block that was used, not by the whole file. A recipe without `classes`
-    counts as it would if that key did not exist.
+    The cache counts by the blocks that were used, not by the whole file. A recipe without one of
+    the `LATER` keys counts as it would if that key did not exist.
     """
-    cache_part = {k: v for k, v in bindings.get("cache", {}).items() if k in {"block", "block_id"}}
+    used = {"block", "block_id", "texts"}
+    cache_part = {k: v for k, v in bindings.get("cache", {}).items() if k in used}
     plain = recipe.model_dump()
-    if plain["classes"] is None:
-        del plain["classes"]
+    for key, default in LATER.items():
+        *path, last = key.split(".")
+        table = functools.reduce(dict[str, Any].__getitem__, path, plain)
+        if table[last] == default:
+            del table[last]
     return digest_of({"recipe": plain, "bindings": bindings | {"cache": cache_part}})

@@ -39,8 +39,32 @@ def images(folder: Path, *, train: int = 6, val: int = 2, test: int = 4, size: i
     return declaration
 
 
+COLOUR_WORDS = ("red", "green", "blue")
+
+
+def _texts(name: str, k: int) -> list[Entry]:
+    """Descriptions (5 each), symptoms (2, 3, 4) and ranked attributes of one class."""
+    word, other = COLOUR_WORDS[k % 3], COLOUR_WORDS[(k + 1) % 3]
+    texts = {
+        "descriptions": [f"a {word} cell number {i} called {name}" for i in range(5)],
+        "symptoms": [f"{word} {what}" for what in ("cell", "patch", "square", "noise")[: 2 + k]],
+    }
+    entries = []
+    for block, found in texts.items():
+        for i, text in enumerate(found):
+            columns = {"text": text, "prompt": "", "prompt_tokens": 0, "text_tokens": 0}
+            source = hashlib.sha256(text.encode()).hexdigest()
+            entries.append(Entry(block, name, i, columns, source))
+    ranked = [("colour", word, 1), ("colour", other, 2), ("shape", "square", 1)]
+    for i, (attribute, value, rank) in enumerate(ranked):
+        columns = {"attribute": attribute, "value": value, "rank": rank}
+        source = hashlib.sha256(f"{attribute}/{value}".encode()).hexdigest()
+        entries.append(Entry("attributes", name, i, columns, source))
+    return entries
+
+
 def cache(path: Path, *, classes: tuple[str, ...] = CLASSES, modality: str = "blood smear") -> str:
-    """A sealed cache with all four kinds of rows, ragged tokens included; returns its id."""
+    """A sealed cache with all kinds of rows and texts, ragged ones included; returns its id."""
     random = np.random.default_rng(3)
     spec = {"model": "ab" * 32}
     blocks = {
@@ -49,11 +73,17 @@ def cache(path: Path, *, classes: tuple[str, ...] = CLASSES, modality: str = "bl
         "attribute_states": BlockSpec("states", spec | {"of": 2}, "f4", (9,), WIDTH),
         "tokens": BlockSpec("states", spec | {"of": 3}, "f4", (4,), WIDTH),
     }
+    blocks |= {
+        "descriptions": BlockSpec("texts", {"of": 4}),
+        "symptoms": BlockSpec("texts", {"of": 5}),
+        "attributes": BlockSpec("attributes", {"of": 6}),
+    }
     header = ExtractionHeader(
         DATASET, tuple(ClassRecord(c, c, modality) for c in classes), blocks, {"toy": 1}, {}
     )
     entries = []
     for k, name in enumerate(classes):
+        entries += _texts(name, k)
         counts = {"layers": 1, "description_states": 9 + k, "attribute_states": 8, "tokens": 1}
         for block, items in counts.items():
             for item in range(items):

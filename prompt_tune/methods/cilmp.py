@@ -77,7 +77,7 @@ class CILMP(Method):
     """
 
     Config = CilmpConfig
-    needs_knowledge = True
+    needs = frozenset({"rows"})
 
     def __init__(self, config: CilmpConfig, problem: Problem) -> None:
         super().__init__(config, problem)

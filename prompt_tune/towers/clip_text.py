@@ -1,13 +1,14 @@
 """OpenAI-style text tower: causal, read at the end token."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cache.errors import ModelError
+from prompt_tune.execution import Execution
 from prompt_tune.towers import live
 from prompt_tune.towers.clip_blocks import clip_blocks
 from prompt_tune.towers.layout import END, PromptLayout
@@ -52,6 +53,12 @@ class ClipTextTower(TextTower):
                     found=f"{type(model).__name__} with {what}",
                     wanted="a causal tower read at its end token",
                 )
+
+    def executing(self, execution: Execution) -> Self:
+        """A tower of the same weights that runs as `execution` says."""
+        other = super().executing(execution)
+        other._start = {}
+        return other
 
     @property
     def reads(self) -> frozenset[str]:

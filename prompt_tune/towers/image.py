@@ -1,13 +1,16 @@
 """A frozen image tower with optional learnable prompts in front of its blocks."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cache.errors import ModelError
+from prompt_tune.execution import Execution
 from prompt_tune.towers import live
 from prompt_tune.towers.parts import Part, Stream
 
@@ -30,6 +33,7 @@ class ImageTower(ABC):
     blocks: Sequence[live.Block]
     prefix: tuple[str, ...] = (CLASS,)
     reads: frozenset[str] = frozenset({CLASS})
+    execution = Execution()
 
     def __init__(self, module: nn.Module, image_size: int | Sequence[int]) -> None:
         self.module = module.eval().requires_grad_(requires_grad=False)
@@ -41,6 +45,12 @@ class ImageTower(ABC):
                 wanted="one size for height and width",
             )
         self.image_size = int(size[0])
+
+    def executing(self, execution: Execution) -> Self:
+        """A tower of the same weights that runs as `execution` says."""
+        other = copy.copy(self)
+        other.execution = execution
+        return other
 
     @property
     def depth(self) -> int:
@@ -79,6 +89,10 @@ class ImageTower(ABC):
                 wanted=f"0 to {self.depth}",
                 do="Lower method.visual_depth.",
             )
+        with self.execution.autocast(self.device):
+            return self._encode(images, prompts).to(self.dtype)
+
+    def _encode(self, images: Tensor, prompts: Sequence[Tensor]) -> Float[Tensor, "batch embed"]:
         x = self._embed(images.to(self.dtype))
         inputs = [Stream(x, self._parts(x.shape[1]))]
         replaced: list[list[Stream]] = [[] for _ in self.blocks]
@@ -87,7 +101,10 @@ class ImageTower(ABC):
             inputs.append(Stream(self._norm_first(prompts[0])[None], (part,)))
             for k, prompt in enumerate(prompts[1:], start=1):
                 replaced[k] = [Stream(prompt[None], (part,))]
-        outputs = live.run(self.blocks, inputs, replaced, read=self.reads, causal=False)
+        recompute = self.execution.checkpoint_image
+        outputs = live.run(
+            self.blocks, inputs, replaced, read=self.reads, causal=False, recompute=recompute
+        )
         order = [outputs[name][1] for name in (*self.prefix, PATCHES) if name in outputs]
         return self._pool(order[0] if len(order) == 1 else torch.cat(order, dim=1))
 

@@ -6,7 +6,7 @@ of its own from the rows on.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from prompt_tune.towers.parts import Part, Stream
 
 _RANK = {n: i for i, n in enumerate(("start", "context", "prefix", "middle", "suffix", "name"))}
 END = "end"
+_SHARED = ("start", "context")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,19 @@ class Stage:
     suffix: Float[Tensor, "batch classes s width"] | None = None
     middle: Float[Tensor, "rows width"] | None = None
     basis: Float[Tensor, "r width"] | None = None
+
+    def some(self, classes: slice, middle: slice) -> "Stage":
+        """What some classes get, whose middle rows are those of `middle`; views."""
+        context = self.context
+        if context is not None and context.ndim > 2:
+            context = context[classes] if context.ndim == 3 else context[:, classes]
+        return replace(
+            self,
+            context=context,
+            prefix=None if self.prefix is None else self.prefix[:, classes],
+            suffix=None if self.suffix is None else self.suffix[:, classes],
+            middle=None if self.middle is None else self.middle[middle],
+        )
 
 
 class Tokenizing(Protocol):
@@ -78,6 +92,9 @@ class PromptLayout:
     end_id: int
     row_counts: tuple[int, ...]
     lengths: tuple[int, ...]
+    _chunks: dict[int, list[tuple["PromptLayout", slice, slice]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def classes(self) -> int:
@@ -133,6 +150,32 @@ class PromptLayout:
             end_id=ids[0][-1],
             row_counts=counts,
             lengths=lengths,
+        )
+
+    def chunks(self, size: int) -> list[tuple["PromptLayout", slice, slice]]:
+        """Layouts of at most `size` classes each; which classes, and which middle rows, they are."""
+        if size not in self._chunks:
+            middle = self.parts.get("middle")
+            ends = [0]
+            for c in range(self.classes):
+                ends.append(ends[-1] + (len(middle.positions[c]) if middle else 0))
+            self._chunks[size] = [
+                (self._some(slice(i, j)), slice(i, j), slice(ends[i], ends[j]))
+                for i in range(0, self.classes, size)
+                for j in [min(i + size, self.classes)]
+            ]
+        return self._chunks[size]
+
+    def _some(self, classes: slice) -> "PromptLayout":
+        parts = {n: p if n in _SHARED else p.some(classes) for n, p in self.parts.items()}
+        return PromptLayout(
+            class_names=self.class_names[classes],
+            parts={name: part for name, part in parts.items() if part.size},
+            start_id=self.start_id,
+            name_ids=self.name_ids[classes],
+            end_id=self.end_id,
+            row_counts=self.row_counts[classes],
+            lengths=self.lengths[classes],
         )
 
     def streams(

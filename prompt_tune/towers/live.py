@@ -12,12 +12,14 @@ output of theirs is needed. The result, gradients included, is that of the full 
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from prompt_tune.execution import recomputed
 from prompt_tune.towers.attention import Keys, KeyValue, LowRankKeyValue, attend, visibility
 from prompt_tune.towers.lowrank import LowRank
 from prompt_tune.towers.parts import Part, Stream
@@ -56,6 +58,7 @@ def run(
     *,
     read: Collection[str],
     causal: bool,
+    recompute: bool = False,
 ) -> dict[str, tuple[Part, Float[Tensor, "b size w"]]]:
     """The last block's output at the parts that pooling reads.
 
@@ -65,6 +68,7 @@ def run(
         replaced: for each block, the parts whose input is overwritten; entry 0 is ignored.
         read: names of the parts that pooling reads.
         causal: a query sees its own position and earlier ones only.
+        recompute: whether every block is computed again for the backward.
     """
     streams, outputs, masks = list(inputs), list[Stream](), _Masks()
     for k, block in enumerate(blocks):
@@ -75,9 +79,21 @@ def run(
             alive = present & set(read)
         else:
             alive = present - {p.name for s in replaced[k + 1] for p in s.parts}
-        step = _Step(block, streams, masks, causal=causal)
-        outputs = [step.output(*group) for group in _groups(streams, alive, causal=causal)]
+        step = partial(_outputs, block, streams, masks, alive, causal=causal)
+        outputs = recomputed(step) if recompute else step()
     return {p.name: (p, x) for s in outputs for x, p in zip(s.split(), s.parts, strict=True)}
+
+
+def _outputs(
+    block: Block,
+    streams: Sequence[Rows],
+    masks: _Masks,
+    alive: Collection[str],
+    *,
+    causal: bool,
+) -> list[Stream]:
+    step = _Step(block, streams, masks, causal=causal)
+    return [step.output(*group) for group in _groups(streams, alive, causal=causal)]
 
 
 def entered(block: Block, rows: Rows) -> Rows:

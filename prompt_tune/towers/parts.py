@@ -81,6 +81,10 @@ class Part:
             self._over[classes] = Part(self.name, self.rank, self.positions * classes)
         return self._over[classes]
 
+    def some(self, classes: slice) -> "Part":
+        """The same part of some of the classes."""
+        return Part(self.name, self.rank, self.positions[classes])
+
     def on(self, device: torch.device) -> _Tables:
         """The index tensors on `device`."""
         if device not in self._tables:

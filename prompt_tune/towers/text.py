@@ -1,14 +1,17 @@
 """A frozen text tower: plain texts, or prompts with learnable parts through the live engine."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cache.errors import ModelError, PromptOverflowError
+from prompt_tune.execution import Execution, recomputed
 from prompt_tune.towers import live
 from prompt_tune.towers.layout import END, PromptLayout, Stage
 from prompt_tune.towers.lowrank import LowRank
@@ -34,11 +37,18 @@ class TextTower(ABC):
     embed_dim: int
     blocks: Sequence[live.Block]
     first_norm: nn.LayerNorm | None = None
+    execution = Execution()
 
     def __init__(self, module: nn.Module, tokenizer: Any, context_length: int) -> None:
         self.module = module.eval().requires_grad_(requires_grad=False)
         self.tokenizer = tokenizer
         self.context_length = context_length
+
+    def executing(self, execution: Execution) -> Self:
+        """A tower of the same weights that runs as `execution` says."""
+        other = copy.copy(self)
+        other.execution = execution
+        return other
 
     @property
     def depth(self) -> int:
@@ -106,6 +116,19 @@ class TextTower(ABC):
                 wanted=f"1 to {self.depth}",
                 do="Change method.text_depth.",
             )
+        size = self.execution.class_chunk
+        with self.execution.autocast(self.device):
+            if size is None or size >= layout.classes:
+                return self._encode(layout, stages).to(self.dtype)
+            chunks = [
+                recomputed(partial(self._encode, own, [s.some(*where) for s in stages]))
+                for own, *where in layout.chunks(size)
+            ]
+        return torch.cat(chunks, dim=1).to(self.dtype)
+
+    def _encode(
+        self, layout: PromptLayout, stages: Sequence[Stage]
+    ) -> Float[Tensor, "batch classes embed"]:
         inputs = [self._placed(s) for s in self._inputs(layout, stages[0])]
         replaced = [self._replaced(layout, stages, k) for k in range(self.depth)]
         read = self.reads & set(layout.parts)

@@ -47,7 +47,7 @@ def test_only_the_context_is_trained_and_it_learns(backbone: Backbone) -> None:
     method = build(backbone)
     assert set(method.trainable()) == method.prompts() == {"context"}
     assert not method.reads_images
-    assert not method.needs_knowledge
+    assert not method.needs
     optimizer = torch.optim.SGD([method.context], lr=0.05)
     losses = []
     for _ in range(5):

@@ -113,10 +113,12 @@ def test_an_unknown_class_is_refused_with_the_nearest(problem: SimpleNamespace) 
         prepare(recipe, data=problem.data, knowledge=None, samples=None)
 
 
-def test_a_recipe_without_classes_keeps_its_digest(problem: SimpleNamespace) -> None:
+def test_a_recipe_without_the_later_keys_keeps_its_digest(problem: SimpleNamespace) -> None:
     plain = recipe_of(problem)
     fields = plain.model_dump()
-    del fields["classes"]
+    del fields["classes"], fields["train"]["optimizer"]
+    for key in ("texts", "symptoms", "attributes"):
+        del fields["knowledge"][key]
     assert binding_digest(plain, {}) == digest_of({"recipe": fields, "bindings": {"cache": {}}})
     chosen = recipe_of(problem, classes=list(problem.classes))
     assert binding_digest(chosen, {}) != binding_digest(plain, {})

@@ -31,7 +31,7 @@ def read(path, expect=None):
     head = json.loads(bytes(raw[48:end]))
     content, at, identity = head["content"], head["userblock"], digest_of(head["content"])
     known = digest_of(head), head["size"], content["format"], content["kind"]
-    need(known == (raw[16:48].hex(), len(raw), 1, "knowledge"), "a wrong size, format or kind")
+    need(known == (raw[16:48].hex(), len(raw), 1, "knowledge"), "a wrong header, size or kind")
     need(expect in {None, identity}, "another content id")
     data, rest, padding = {}, sha256(), raw[end:at]
     for name, start in sorted(head["layout"].items(), key=lambda pair: pair[1]):

@@ -12,7 +12,6 @@ A file whose bytes do not match its name is removed and its pictures are encoded
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,13 +22,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor
 
-from cache.durable import drafting, storage_errors
+from cache.durable import storage_errors
 from cache.errors import ModelError
 from cache.progress import track
 from cache.recipe import digest_of
 from cache.user_folder import user_cache
+from prompt_tune.augment import Pictures
 from prompt_tune.backbone import Backbone
 from prompt_tune.data.images import ImageSplit
+from prompt_tune.pixels import keep_private, private_folder
 
 VERSION = 1  # of the store; another version is another folder
 BATCH = 16
@@ -71,22 +72,8 @@ class FeatureStore:
         """Keeps the features of some pictures, whole or not at all."""
         keys = np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.uint8).reshape(-1, 32)
         data = save({"digests": keys.copy(), "features": values}, metadata=METADATA)
-        with drafting(self.folder) as draft:
-            os.fchmod(draft.fd, 0o600)
-            draft.write_at(data, 0)
-            draft.sync()
-            name = f"{hashlib.sha256(data).hexdigest()}.safetensors"
-            draft.publish(self.folder / name, replace=False)
+        keep_private(self.folder, data)
         self.rows.update(zip(digests, values, strict=True))
-
-
-def private_folder(folder: Path) -> None:
-    """Makes a folder, and those below `features`, for its owner alone."""
-    root = user_cache() / "features"
-    root.parent.mkdir(parents=True, exist_ok=True)
-    for place in reversed([folder, *(p for p in folder.parents if root in (p, *p.parents))]):
-        place.mkdir(mode=0o700, exist_ok=True)
-        place.chmod(0o700)
 
 
 def parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -112,17 +99,16 @@ def store_of(backbone: Backbone, view: int, seed: int) -> FeatureStore:
 
 
 def _encode(
-    backbone: Backbone, split: ImageSplit, indices: Sequence[int], view: int, seed: int
+    backbone: Backbone,
+    split: ImageSplit,
+    indices: Sequence[int],
+    pixels: Callable[[Sequence[int]], Float[Tensor, "batch 3 size size"]],
 ) -> Float[np.ndarray, "n width"]:
-    rows = []
-    for part in parts(indices, BATCH):
-        pixels = [
-            backbone.preprocess.view(split.image(i), view, seed, split.digests[i]) for i in part
+    with torch.inference_mode():
+        rows = [
+            backbone.image.encode(pixels(part).to(backbone.device)).float().cpu()
+            for part in parts(indices, BATCH)
         ]
-        with torch.inference_mode():
-            rows.append(
-                backbone.image.encode(torch.stack(pixels).to(backbone.device)).float().cpu()
-            )
     values = torch.cat(rows).numpy()
     if not np.isfinite(values).all():
         at = indices[int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])]

@@ -242,7 +242,7 @@ def project(
     down: Float[Tensor, "stages rank width"],
 ) -> Float[Tensor, "stages rows #batch rank"]:
     """`A h'` of each stage without dropout: nothing of the rows' width is built per image."""
-    inner = torch.stack([a @ one.R for a, one in zip(down.unbind(), group, strict=True)])
+    inner = down @ torch.stack([one.R for one in group])
     return _mapped(h, down)[:, :, None] + changes(group, h, v) @ inner[:, None].transpose(2, 3)
 
 

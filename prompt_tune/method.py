@@ -130,6 +130,11 @@ class Method(nn.Module):
         self.backbone = problem.backbone
         self.class_names = problem.class_names
 
+    @classmethod
+    def needed(cls, config: MethodConfig) -> frozenset[Need]:  # noqa: ARG003
+        """`needs`; a method that needs less or more under some settings overrides this."""
+        return cls.needs
+
     def image_features(self, batch: Batch) -> Float[Tensor, "batch embed"]:
         """L2-normalised image features, from the batch or from its pixels."""
         features = batch.features

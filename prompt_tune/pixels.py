@@ -24,13 +24,14 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from cache.durable import drafting, storage_errors, sweep
-from cache.errors import DataError
+from cache.errors import DataError, StorageError
 from cache.progress import track
 from cache.user_folder import user_cache
-from prompt_tune.data.images import ImageSplit, pixel_digest
+from prompt_tune.data.images import ImageSplit
 
 VERSION = 1  # of the store; another version is another folder
 CHUNK_BYTES = 32 * 2**20
+Picture = UInt8[Tensor, "height width 3"]
 METADATA = {"patient_derived": "true", "format": f"vademecum pixels {VERSION}"}
 
 
@@ -56,3 +57,121 @@ def keep_private(folder: Path, data: bytes) -> Path:
         draft.sync()
         draft.publish(path, replace=False)
     return path
+
+
+def _digest(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
+    """`image_digest` of decoded pixels."""
+    height, width, _ = pixels.shape
+    digest = hashlib.sha256(f"{width}x{height}:".encode())
+    digest.update(np.ascontiguousarray(pixels))
+    return digest.hexdigest()
+
+
+class PixelStore:
+    """Pictures by the digest of their pixels; never to be shared.
+
+    Args:
+        folder: made if missing, readable by its owner only.
+
+    Raises:
+        StorageError: the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._found: dict[str, tuple[Path, Tensor]] = {}
+        self._sound: set[str] = set()
+        with storage_errors(folder):
+            private_folder(folder)
+            sweep(folder)
+            for path in sorted(folder.glob("*.safetensors")):
+                self._open(path)
+
+    def _open(self, path: Path) -> None:
+        """Learns where the pictures of a file lie; of their pixels none is read."""
+        try:
+            with safe_open(path, "pt") as file:
+                keys, sizes, pixels = (file.get_tensor(n) for n in ("digests", "sizes", "pixels"))
+            areas = pixels.split(sizes.prod(dim=1).tolist())
+            views = [area.view(*size, 3) for area, size in zip(areas, sizes.tolist(), strict=True)]
+            names = [row.tobytes().hex() for row in keys.numpy()]
+            self._found |= {n: (path, view) for n, view in zip(names, views, strict=True)}
+        except FileNotFoundError:
+            return  # removed by another process
+        except (SafetensorError, RuntimeError, ValueError):
+            path.unlink(missing_ok=True)
+
+    def get(self, digest: str) -> Picture | None:
+        """The picture of that digest, mapped from disk, or None; a damaged file is removed."""
+        if digest not in self._found:
+            return None
+        path, pixels = self._found[digest]
+        if digest not in self._sound and _digest(pixels.numpy()) != digest:
+            path.unlink(missing_ok=True)
+            self._found = {k: v for k, v in self._found.items() if v[0] != path}
+            return None
+        self._sound.add(digest)
+        return pixels
+
+    def __getitem__(self, digest: str) -> Picture:
+        """The picture of that digest.
+
+        Raises:
+            StorageError: it is not there.
+        """
+        if (pixels := self.get(digest)) is None:
+            what = "a decoded picture cannot be read back"
+            raise StorageError(what, where=self.folder, do="Check the disk.")
+        return pixels
+
+    def add(self, pictures: Mapping[str, UInt8[np.ndarray, "height width 3"]]) -> None:
+        """Keeps some pictures, whole or not at all.
+
+        Raises:
+            StorageError: the operating system refused something.
+        """
+        keys = np.frombuffer(bytes.fromhex("".join(pictures)), dtype=np.uint8).reshape(-1, 32)
+        sizes = np.array([p.shape[:2] for p in pictures.values()], dtype=np.int64)
+        pixels = np.concatenate([p.reshape(-1, 3) for p in pictures.values()])
+        tensors = {"digests": keys.copy(), "sizes": sizes, "pixels": pixels}
+        self._open(keep_private(self.folder, save(tensors, metadata=METADATA)))
+
+
+def _decoded(split: ImageSplit, indices: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+    """The pictures at `indices` by digest, in portions of `CHUNK_BYTES`.
+
+    Raises:
+        DataError: an image cannot be read, or is another than a moment ago.
+    """
+    chunk: dict[str, np.ndarray] = {}
+    held = 0
+    for i in indices:
+        pixels = np.asarray(split.image(i))
+        if _digest(pixels) != split.digests[i]:
+            what = "the image changed while it was being read"
+            raise DataError(what, where=split.files[i], do="Start again.")
+        chunk[split.digests[i]] = pixels
+        held += pixels.nbytes
+        if held >= CHUNK_BYTES:
+            yield chunk
+            chunk, held = {}, 0
+    if chunk:
+        yield chunk
+
+
+def stored_pictures(split: ImageSplit) -> list[Picture]:
+    """Every picture of a split, mapped from disk; those the store lacks are decoded first.
+
+    Raises:
+        DataError: an image cannot be read.
+        StorageError: the user's cache folder cannot be used.
+    """
+    store = PixelStore(user_cache() / "features" / "pixels" / str(VERSION))
+    first = {digest: i for i, digest in reversed(list(enumerate(split.digests)))}
+    lacking = sorted(i for digest, i in first.items() if store.get(digest) is None)
+    if lacking:
+        with track("decode images", len(lacking)) as progress:
+            for chunk in _decoded(split, lacking):
+                store.add(chunk)
+                progress.advance(len(chunk))
+    return [store[digest] for digest in split.digests]

@@ -68,6 +68,14 @@ def random_crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+def random_view(
+    width: int, height: int, generator: torch.Generator
+) -> tuple[tuple[int, int, int, int], bool]:
+    """The box of a random crop and whether it is mirrored, which it is half of the time."""
+    box = random_crop_box(width, height, generator)
+    return box, float(torch.rand(1, generator=generator)) < 0.5
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """The test transform and the augmentation of one backbone.
@@ -141,10 +149,10 @@ class Preprocess:
         from torchvision.transforms import InterpolationMode
 
         image = image.convert("RGB")
-        box = random_crop_box(image.width, image.height, generator)
+        box, mirrored = random_view(image.width, image.height, generator)
         size = [self.image_size, self.image_size]
         image = pictures.resized_crop(image, *box, size, InterpolationMode(self.interpolation))
-        if float(torch.rand(1, generator=generator)) < 0.5:
+        if mirrored:
             image = pictures.hflip(image)
         return self._normalised(image)
 

@@ -70,7 +70,7 @@ class Setup:
         """A split as this run's method reads it."""
         return Cases(
             split,
-            self.backbone,
+            self.method.backbone,
             pixels=self.method.reads_images,
             views=self.recipe.train.views if training else 1,
             seed=self.recipe.seed,
@@ -165,7 +165,7 @@ def _refuse_leaks(
 def _knowledge(
     recipe: TuneRecipe, source: DataSource, path: Path | None, shelf: Shelf, backbone: Backbone
 ) -> LoadedKnowledge | None:
-    needs = recipe.method_class().needs
+    needs = recipe.method_class().needed(recipe.method_config(where="recipe"))
     if not needs:
         return None
     if path is None:

@@ -131,10 +131,10 @@ class LowRankKeyValue:
 Keys = KeyValue | LowRankKeyValue
 
 
-def visibility(
+def hidden(
     queries: Sequence[Part], keys: Sequence[Part], device: torch.device, *, causal: bool
 ) -> Bool[Tensor, "c n m"] | None:
-    """Which key each query sees, or None where every query sees every key.
+    """Which key a query does not see, or None where every query sees every key.
 
     Dimensions along which nothing changes may have size 1. A padded key is never seen; a padded
     query sees every real key, so that its softmax is finite.
@@ -145,7 +145,7 @@ def visibility(
         at_query = _cat_positions(queries)
         at_query = torch.where(at_query < 0, at_key.max(), at_query)
         seen = seen & (at_query[:, :, None] >= at_key[:, None, :])
-    return None if bool(seen.all()) else seen.to(device)
+    return None if bool(seen.all()) else (~seen).to(device)
 
 
 def _cat_positions(parts: Sequence[Part]) -> Tensor:
@@ -157,7 +157,7 @@ def _cat_positions(parts: Sequence[Part]) -> Tensor:
 def attend(
     query: Float[Tensor, "b c heads n d"],
     keys: Sequence[Keys],
-    seen: Bool[Tensor, "c n m"] | None,
+    unseen: Bool[Tensor, "c n m"] | None,
 ) -> Float[Tensor, "b c heads n d"]:
     """Softmax attention over the concatenation of `keys`, each broadcast over images and classes.
 
@@ -170,11 +170,11 @@ def attend(
     small = any(isinstance(k, LowRankKeyValue) or k.shape != full for k in keys)
     # Scores, their softmax and one copy, against keys and values: 3 heads n < 2 heads d.
     if small and 3 * query.shape[3] < 2 * query.shape[4]:
-        return _by_part(query, keys, seen, full)
-    return _fused(query.expand(*full, -1, -1, -1), [k.dense() for k in keys], seen)
+        return _by_part(query, keys, unseen, full)
+    return _fused(query.expand(*full, -1, -1, -1), [k.dense() for k in keys], unseen)
 
 
-def _fused(query: Tensor, keys: Sequence[KeyValue], seen: Tensor | None) -> Tensor:
+def _fused(query: Tensor, keys: Sequence[KeyValue], unseen: Tensor | None) -> Tensor:
     batch, classes, heads, n, width = query.shape
 
     def together(parts: list[Tensor]) -> Tensor:
@@ -182,8 +182,8 @@ def _fused(query: Tensor, keys: Sequence[KeyValue], seen: Tensor | None) -> Tens
         return full.reshape(batch, classes * heads, -1, width)
 
     mask = None
-    if seen is not None:
-        mask = seen[:, None].expand(classes, heads, -1, -1).flatten(0, 1)[None]
+    if unseen is not None:
+        mask = ~unseen[:, None].expand(classes, heads, -1, -1).flatten(0, 1)[None]
     out = F.scaled_dot_product_attention(
         query.reshape(batch, classes * heads, n, width),
         together([k.key for k in keys]),
@@ -194,15 +194,15 @@ def _fused(query: Tensor, keys: Sequence[KeyValue], seen: Tensor | None) -> Tens
 
 
 def _by_part(
-    query: Tensor, keys: Sequence[Keys], seen: Tensor | None, full: tuple[int, int]
+    query: Tensor, keys: Sequence[Keys], unseen: Tensor | None, full: tuple[int, int]
 ) -> Tensor:
     query = query * query.shape[-1] ** -0.5
     common = [k.shared for k in keys if k.shared is not None]
     together = KeyValue.of(common) if common else None
     pieces = _scores(query, keys, together)
     scores = torch.cat([p.expand(*full, -1, -1, -1) for p in pieces], dim=-1)
-    if seen is not None:
-        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    if unseen is not None:
+        scores = scores.masked_fill(unseen[:, None], -torch.inf)
     weights = scores.softmax(dim=-1).split([p.shape[-1] for p in pieces], dim=-1)
     parts = [k.summed(w) for w, k in zip(weights, keys, strict=True)]
     out = [own for _, own in parts if own is not None]

@@ -15,19 +15,36 @@ from cache.errors import ModelError
 _QUICK = 1.702
 
 
-class _QuickGelu(torch.autograd.Function):
-    """`x sigmoid(1.702 x) = silu(1.702 x) / 1.702`, which keeps its input only."""
+class _QuickMlp(torch.autograd.Function):
+    """Two frozen linear maps around `x sigmoid(1.702 x) = silu(1.702 x) / 1.702`.
+
+    Keeps the scaled input of `silu` only. Both scales go into the products, and cancel in the
+    gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.silu(x * _QUICK, inplace=True).div_(_QUICK)
+    def forward(  # noqa: PLR0917 - autograd passes by position
+        ctx: Any,
+        x: Float[Tensor, "b n w"],
+        first: Float[Tensor, "m w"],
+        first_bias: Float[Tensor, "m"],
+        second: Float[Tensor, "w m"],
+        second_bias: Float[Tensor, "w"],
+    ) -> Tensor:
+        """The second map's output."""
+        flat = x.flatten(0, 1)
+        scaled = torch.addmm(first_bias, flat, first.T, beta=_QUICK, alpha=_QUICK)
+        ctx.save_for_backward(scaled, first, second)
+        out = torch.addmm(second_bias, F.silu(scaled), second.T, alpha=1 / _QUICK)
+        return out.view(*x.shape[:2], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad, x * _QUICK)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of x."""
+        scaled, first, second = ctx.saved_tensors
+        inner = torch.ops.aten.silu_backward(grad.flatten(0, 1) @ second, scaled)
+        return (inner @ first).view(*grad.shape[:2], -1), None, None, None, None
 
 
 class ClipBlock:
@@ -57,8 +74,13 @@ class ClipBlock:
         mlp = self.block.mlp
         if type(mlp.gelu) is not QuickGELU:
             return mlp(x)
-        hidden: Tensor = _QuickGelu.apply(mlp.c_fc(x))
-        return mlp.c_proj(hidden)
+        first, second = mlp.c_fc, mlp.c_proj
+        weights = (first.weight, first.bias, second.weight, second.bias)
+        if torch.is_autocast_enabled(x.device.type):
+            low = torch.get_autocast_dtype(x.device.type)
+            x, *weights = (t.to(low) for t in (x, *weights))
+        out: Tensor = _QuickMlp.apply(x, *weights)
+        return out
 
     def _project(self, x: Tensor, rows: slice, *, bias: bool = True) -> Tensor:
         attention = self.block.attn

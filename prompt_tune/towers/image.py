@@ -15,6 +15,7 @@ from prompt_tune.towers import live
 from prompt_tune.towers.parts import Part, Stream
 
 CLASS, REGISTERS, PATCHES, PROMPTS = "class", "registers", "patches", "prompts"
+ZEROED = "zeroed"
 
 
 class ImageTower(ABC):
@@ -34,6 +35,7 @@ class ImageTower(ABC):
     prefix: tuple[str, ...] = (CLASS,)
     reads: frozenset[str] = frozenset({CLASS})
     execution = Execution()
+    zeroed = 0
 
     def __init__(self, module: nn.Module, image_size: int | Sequence[int]) -> None:
         self.module = module.eval().requires_grad_(requires_grad=False)
@@ -50,6 +52,15 @@ class ImageTower(ABC):
         """A tower of the same weights that runs as `execution` says."""
         other = copy.copy(self)
         other.execution = execution
+        return other
+
+    def zeroing(self, patches: int) -> Self:
+        """A tower of the same weights whose first patches are zero vectors before every block.
+
+        Their positions stay, as keys and values; pooling reads them no more than prompts.
+        """
+        other = copy.copy(self)
+        other.zeroed = patches
         return other
 
     @property
@@ -79,7 +90,8 @@ class ImageTower(ABC):
         Without prompts this is open_clip's `encode_image`.
 
         Raises:
-            ModelError: there are prompts for more blocks than the tower has.
+            ModelError: there are prompts for more blocks than the tower has, or fewer patches than
+                are zeroed.
         """
         prompts = [] if prompts is None else [p.to(self.dtype) for p in prompts]
         if len(prompts) > self.depth:
@@ -96,17 +108,39 @@ class ImageTower(ABC):
         x = self._embed(images.to(self.dtype))
         inputs = [Stream(x, self._parts(x.shape[1]))]
         replaced: list[list[Stream]] = [[] for _ in self.blocks]
+        if self.zeroed:
+            inputs = self._without_some(x)
+            replaced = [inputs[1:] for _ in self.blocks]
         if prompts:
             part = _prompt_part(prompts, x.shape[1])
             inputs.append(Stream(self._norm_first(prompts[0])[None], (part,)))
             for k, prompt in enumerate(prompts[1:], start=1):
-                replaced[k] = [Stream(prompt[None], (part,))]
+                replaced[k] = [*replaced[k], Stream(prompt[None], (part,))]
         recompute = self.execution.checkpoint_image
         outputs = live.run(
             self.blocks, inputs, replaced, read=self.reads, causal=False, recompute=recompute
         )
         order = [outputs[name][1] for name in (*self.prefix, PATCHES) if name in outputs]
         return self._pool(order[0] if len(order) == 1 else torch.cat(order, dim=1))
+
+    def _without_some(self, x: Float[Tensor, "batch length width"]) -> list[Stream]:
+        """The tower's own positions but for the first patches, and zeros at those."""
+        *prefix, patches = self._parts(x.shape[1])
+        first, last = patches.positions[0][0], patches.end
+        behind = first + self.zeroed
+        if behind >= last:
+            raise ModelError(
+                "the image tower has too few patches to zero so many",
+                found=last - first,
+                wanted=f"more than {self.zeroed}",
+            )
+        kept = Part(PATCHES, patches.rank, [range(behind, last)])
+        zeros = Part(ZEROED, patches.rank, [range(first, behind)])
+        rest = torch.cat([x[:, :first], x[:, behind:]], dim=1)
+        return [
+            Stream(rest, (*prefix, kept)),
+            Stream(x.new_zeros(1, self.zeroed, x.shape[-1]), (zeros,)),
+        ]
 
     def _parts(self, length: int) -> tuple[Part, ...]:
         patches = length - sum(self._prefix_sizes())

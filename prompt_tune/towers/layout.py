@@ -11,15 +11,16 @@ from typing import Protocol
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache.errors import ModelError, PromptOverflowError
-from prompt_tune.towers.lowrank import LowRank
+from prompt_tune.towers.lowrank import LowRank, normed_together
 from prompt_tune.towers.parts import Part, Stream
 
 _RANK = {n: i for i, n in enumerate(("start", "context", "prefix", "middle", "suffix", "name"))}
 END = "end"
 _SHARED = ("start", "context")
+_ROWS = ("prefix", "middle", "suffix")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Stage:
 
     Args:
         context: `[n_context, width]` shared by all classes, or `[classes, n_context, width]`, or
-            `[batch, classes, n_context, width]` where it depends on the image.
+            `[batch, classes or 1, n_context, width]` where it depends on the image.
         prefix: `[batch or 1, classes, p, width]`, the first rows; may depend on the image.
         suffix: `[batch or 1, classes, s, width]`, the last rows; may depend on the image.
         middle: `[sum over classes of (rows - p - s), width]`, class after class; the rows between
@@ -51,7 +52,7 @@ class Stage:
     def some(self, classes: slice, middle: slice) -> "Stage":
         """What some classes get, whose middle rows are those of `middle`; views."""
         context = self.context
-        if context is not None and context.ndim > 2:
+        if context is not None and context.ndim > 2 and context.shape[-3] > 1:
             context = context[classes] if context.ndim == 3 else context[:, classes]
         return replace(
             self,
@@ -179,7 +180,7 @@ class PromptLayout:
         )
 
     def streams(
-        self, stage: Stage, dtype: torch.dtype, *, complete: bool
+        self, stage: Stage, dtype: torch.dtype, *, complete: bool, low: LowRank | None = None
     ) -> list[Stream | LowRank]:
         """The rows of a stage, each part by itself, or those of a basis together.
 
@@ -187,31 +188,48 @@ class PromptLayout:
             stage: what to place.
             dtype: the tower's.
             complete: whether every prompt part of the layout must be given.
+            low: the rows, where they are placed already.
         """
-        given = {
-            "context": stage.context,
-            "prefix": stage.prefix,
-            "middle": stage.middle,
-            "suffix": stage.suffix,
-        }
+        names = ("context", *_ROWS) if low is None else ("context",)
+        streams = self._streams(stage, names, complete=complete)
+        rows = [s for name, s in streams.items() if stage.basis is not None and name != "context"]
+        full = [Stream(s.x.to(dtype), s.parts) for s in streams.values() if s not in rows]
+        return [*full, *(_low(rows, stage.basis, dtype) if low is None else [low])]
+
+    def rows_together(
+        self, stages: Sequence[Stage], dtype: torch.dtype, norms: Sequence[nn.LayerNorm]
+    ) -> list[LowRank] | None:
+        """The rows of stages that are normed at once; None where stages or norms are unlike."""
+        bases = [s.basis for s in stages if s.basis is not None]
+        given = [self._streams(s, _ROWS, complete=False) for s in stages]
+        shapes = {tuple((name, s.x.shape) for name, s in one.items()) for one in given}
+        unlike = len(shapes) != 1 or len({norm.eps for norm in norms}) != 1
+        if unlike or len(bases) != len(stages) or not given[0]:
+            return None
+        batch = max(s.batch for s in given[0].values())
+        stacked = [torch.stack([one[name].x for one in given]) for name in given[0]]
+        wide = torch.promote_types(dtype, torch.float32)
+        rows = torch.cat([x.expand(-1, batch, -1, -1) for x in stacked], dim=2).to(wide)
+        parts = tuple(p for s in given[0].values() for p in s.parts)
+        return normed_together(rows, torch.stack(bases).to(wide), parts, dtype, norms)
+
+    def _streams(self, stage: Stage, names: Sequence[str], *, complete: bool) -> dict[str, Stream]:
         streams = {}
-        for name, x in given.items():
-            part = self.parts.get(name)
+        for name in names:
+            part, x = self.parts.get(name), getattr(stage, name)
             empty = x is None or x.shape[-2] == 0
             if (part is None and not empty) or (part is not None and x is None and complete):
                 message = f"stage and layout differ in whether there is a {name}"
                 raise ValueError(message)
             if part is not None and x is not None:
                 streams[name] = _stream(part, x, self.classes)
-        rows = [s for name, s in streams.items() if stage.basis is not None and name != "context"]
-        full = [Stream(s.x.to(dtype), s.parts) for s in streams.values() if s not in rows]
-        return [*full, *_low(rows, stage.basis, dtype)]
+        return streams
 
 
 def _stream(part: Part, x: Tensor, classes: int) -> Stream:
-    if part.name == "context" and x.ndim > 2:
+    if part.name == "context" and x.ndim > 2 and (x.ndim == 3 or x.shape[1] > 1):
         part = part.over(classes)
-    shape = {2: (part.size,), 3: (classes, part.longest), 4: (classes, part.longest)}
+    shape = {2: (part.size,), 3: (classes, part.longest), 4: (part.classes, part.longest)}
     if x.ndim not in shape or x.shape[max(0, x.ndim - 3) : -1] != shape[x.ndim]:
         message = f"{part.name} has shape {tuple(x.shape)}, the layout has {part.size} positions"
         raise ValueError(message)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from prompt_tune.execution import recomputed
-from prompt_tune.towers.attention import Keys, KeyValue, LowRankKeyValue, attend, visibility
+from prompt_tune.towers.attention import Keys, KeyValue, LowRankKeyValue, attend, hidden
 from prompt_tune.towers.lowrank import LowRank
 from prompt_tune.towers.parts import Part, Stream
 
@@ -167,9 +167,7 @@ class _Keys:
             every = self.block.key_value(low.offset.to(low.dtype), bias=False)
             at = torch.cat([p.on(every.device).position for p in low.parts], dim=1)
             offset = self._key_value(low.parts, every[at.clamp(min=0)][None])
-        one = torch.ones_like(low.rows.x[..., :1])
-        rows = Stream(torch.cat([low.coordinates, one, low.factor], dim=-1), low.parts)
-        return LowRankKeyValue(low.parts, rows.table().to(low.dtype), self.bases[k], offset)
+        return LowRankKeyValue(low.parts, low.table().to(low.dtype), self.bases[k], offset)
 
     def _key_value(self, parts: tuple[Part, ...], x: Float[Tensor, "b c m 2w"]) -> KeyValue:
         table = x.unflatten(-1, (2, self.block.heads, -1))
@@ -205,7 +203,7 @@ class _Step:
     ) -> Bool[Tensor, "c n m"] | None:
         names = tuple(p.name for p in queries), tuple(p.name for p in keys)
         if names not in self.masks:
-            self.masks[names] = visibility(queries, keys, device, causal=self.causal)
+            self.masks[names] = hidden(queries, keys, device, causal=self.causal)
         return self.masks[names]
 
 

@@ -14,10 +14,11 @@ and the shift, where there is one, as a further vector of the basis,
     LN(x) = (s c) (gamma * C basis) + s f (gamma * C offset[p]) + beta.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,6 +38,8 @@ class LowRank:
         dtype: the tower's, in which rows are written out.
         offset: a vector for each position of the sequence.
         shift: a vector that every row has.
+        known: a norm, and what it makes of these rows.
+        written: what `table` gives, where it is known.
     """
 
     rows: Stream
@@ -44,6 +47,8 @@ class LowRank:
     dtype: torch.dtype
     offset: Float[Tensor, "positions width"] | None = None
     shift: Float[Tensor, "width"] | None = None
+    known: tuple[nn.LayerNorm, "LowRank"] | None = None
+    written: Float[Tensor, "b classes longest e"] | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -67,7 +72,16 @@ class LowRank:
 
     def only(self, names: Collection[str]) -> "LowRank":
         """The rows of some of the parts."""
-        return replace(self, rows=self.rows.only(names))
+        rows = self.rows.only(names)
+        return self if rows is self.rows else replace(self, rows=rows, known=None, written=None)
+
+    def table(self) -> Float[Tensor, "b classes longest e"]:
+        """Coordinates, a one for the shift and the factor of every row; see `Stream.table`."""
+        if self.written is not None:
+            return self.written
+        one = torch.ones_like(self.rows.x[..., :1])
+        every = torch.cat([self.coordinates, one, self.factor], dim=-1)
+        return Stream(every, self.parts).table()
 
     def dense(self) -> Stream:
         """The rows written out, for where their own outputs are needed."""
@@ -86,6 +100,8 @@ class LowRank:
 
     def normed(self, norm: nn.LayerNorm) -> "LowRank":
         """LayerNorm of every row."""
+        if self.known is not None and self.known[0] is norm:
+            return self.known[1]
         with torch.autocast(self.basis.device.type, enabled=False):
             return self._normed(norm)
 
@@ -107,3 +123,38 @@ class LowRank:
         scale = (square.clamp(min=0) / basis.shape[1] + norm.eps).rsqrt()
         rows = Stream(scale * torch.cat([c, factor], dim=-1), self.parts)
         return LowRank(rows, gamma * basis, self.dtype, offset, beta)
+
+
+def normed_together(
+    c: Float[Tensor, "k b size r"],
+    basis: Float[Tensor, "k r width"],
+    parts: tuple[Part, ...],
+    dtype: torch.dtype,
+    norms: Sequence[nn.LayerNorm],
+) -> list[LowRank]:
+    """Rows without offset and shift, each of whose `k` sets goes through a norm of its own.
+
+    All sets are normed at once; every set remembers what its norm makes of it. The norms have one
+    epsilon.
+    """
+    with torch.autocast(basis.device.type, enabled=False):
+        gamma = torch.stack([norm.weight for norm in norms])[:, None].to(basis.dtype)
+        beta = [norm.bias.to(basis.dtype) for norm in norms]
+        centred = basis - basis.mean(dim=2, keepdim=True)
+        gram = centred @ centred.transpose(1, 2)
+        square = ((c.flatten(1, 2) @ gram).view_as(c) * c).sum(dim=-1, keepdim=True)
+        scaled = (square.clamp(min=0) / basis.shape[2] + norms[0].eps).rsqrt() * c
+        every = F.pad(scaled, (0, 1), value=1.0).flatten(0, 1)
+        tables = Stream(every, parts).table().unflatten(0, c.shape[:2]).unbind()
+        each = zip(
+            c.unbind(), basis.unbind(), scaled.unbind(), (gamma * centred).unbind(), strict=True
+        )
+        return [
+            LowRank(
+                Stream(x, parts),
+                b,
+                dtype,
+                known=(n, LowRank(Stream(y, parts), g, dtype, None, shift, written=table)),
+            )
+            for (x, b, y, g), table, n, shift in zip(each, tables, norms, beta, strict=True)
+        ]

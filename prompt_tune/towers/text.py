@@ -130,7 +130,8 @@ class TextTower(ABC):
         self, layout: PromptLayout, stages: Sequence[Stage]
     ) -> Float[Tensor, "batch classes embed"]:
         inputs = [self._placed(s) for s in self._inputs(layout, stages[0])]
-        replaced = [self._replaced(layout, stages, k) for k in range(self.depth)]
+        low = self._low(layout, stages)
+        replaced = [self._replaced(layout, stages, k, low) for k in range(self.depth)]
         read = self.reads & set(layout.parts)
         causal = self.kind == "causal"
         outputs = live.run(self.blocks, inputs, replaced, read=read, causal=causal)
@@ -149,11 +150,25 @@ class TextTower(ABC):
         ]
         return _grouped(given)
 
-    def _replaced(self, layout: PromptLayout, stages: Sequence[Stage], k: int) -> list[live.Rows]:
+    def _low(self, layout: PromptLayout, stages: Sequence[Stage]) -> list[LowRank | None]:
+        """The rows of every stage behind the first, where blocks norm them all at once."""
+        norms = [norm for b in self.blocks[1 : len(stages)] if (norm := b.norm) is not None]
+        low: list[LowRank] | None = None
+        if norms:
+            low = layout.rows_together(stages[1:], self.dtype, norms)
+        return [None] * len(stages) if low is None else [None, *low]
+
+    def _replaced(
+        self,
+        layout: PromptLayout,
+        stages: Sequence[Stage],
+        k: int,
+        low: Sequence[LowRank | None],
+    ) -> list[live.Rows]:
         """What overwrites the input of block k."""
         given: list[live.Rows] = [*self._constant(layout, k)]
         if k < len(stages):
-            given += layout.streams(stages[k], self.dtype, complete=False)
+            given += layout.streams(stages[k], self.dtype, complete=False, low=low[k])
         return _grouped(given)
 
     def _constant(self, layout: PromptLayout, k: int) -> list[Stream]:  # noqa: ARG002

@@ -101,7 +101,7 @@ def test_it_refuses_every_damage_that_we_refuse(reader, make, tmp_path):
         with pytest.raises(CacheError), SealedFile(spoilt) as sealed:
             sealed.verify_bytes()
     spoilt.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="a wrong header or size"):
+    with pytest.raises(ValueError, match="a wrong header, size or kind"):
         reader.read(spoilt)
     make.rewrite(path, "embedded__digests", np.zeros((2, 32), "u1"))
     with pytest.raises(ValueError, match="an entry of block embedded is damaged"):

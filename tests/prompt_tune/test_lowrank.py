@@ -231,7 +231,9 @@ def test_nothing_of_the_text_width_is_built_per_image_and_row(
 ) -> None:
     rows, batch = 60 if kind == "clip" else 100, 40
     hidden = (torch.randn(rows, WIDTH),) * 2
-    config = CilmpConfig(visual_depth=0, context=None, n_context=1, prefix=rows // 2, suffix=4)
+    config = CilmpConfig(
+        visual_depth=0, context=None, n_context=1, prefix=rows // 2, suffix=4, rank=4
+    )
     method = CILMP(config, Problem(backbones[kind], ("skin", "cell"), rows=KnowledgeRows(hidden)))
     method = method.double().eval()
     with Largest() as seen:

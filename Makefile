@@ -1,6 +1,7 @@
 # Two commands do everything: `make demo` and `make test`. Each sets up .venv when it is missing.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -27,7 +28,7 @@ rules: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 torture: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/torture/run.py --json torture.json

@@ -484,6 +484,79 @@ def report(
     _say(table.rows, as_json, table.text)
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Evaluated runs, or folders of runs.")],
+    split: Annotated[str, typer.Option(help="The evaluated split, as its folder is named.")],
+    metric: Annotated[str, typer.Option(help="What methods are ranked by.")] = "accuracy",
+    style: Annotated[str, typer.Option(help="text, markdown, latex or csv.")] = "text",
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the tables and the figure of ranks.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Methods over seeds and data sets: intervals, paired tests, budgets and average ranks."""
+    from cache.errors import RecipeError
+    from prompt_tune.method_table import compare_methods
+    from prompt_tune.tables import STYLES
+
+    chosen = next((known for known in STYLES if known == style), None)
+    if chosen is None:
+        what, wanted = "no such style of table", ", ".join(STYLES)
+        raise RecipeError(what, where="--style", found=style, wanted=wanted)
+    found = compare_methods(runs, split=split, metric=metric, out=out)
+    _say(found.to_json(), as_json, found.text(chosen))
+
+
+@app.command()
+def ablate(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a preset by name.")],
+    data: Annotated[str, typer.Option(help="Images: a declaration, folder, CSV, JSON or npz.")],
+    knowledge: Annotated[Path, typer.Option(help="A sealed knowledge cache.")],
+    out: Annotated[Path, typer.Option(help="A folder for all runs, table and figure.")],
+    seeds: Annotated[str, typer.Option(help="A run of every variant for each: 1-3.")] = "1-3",
+    split: Annotated[str, typer.Option(help="To evaluate on.")] = "test",
+    part: Annotated[int | None, typer.Option(min=1, help="A stratified part: images.")] = None,
+    metric: Annotated[str, typer.Option(help="What is compared.")] = "accuracy",
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="knowledge, 'image condition', rank, rows or source. May be repeated."),
+    ] = None,
+    source: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="The cache of another language model: NAME=FILE. May be repeated."),
+    ] = None,
+    overrides: Overrides = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Does the knowledge help? A recipe against itself with other knowledge, or none."""
+    from cache.errors import RecipeError
+    from prompt_tune.ablation import ablate as run_ablate
+    from prompt_tune.many import parse_seeds
+    from prompt_tune.recipe import load_tune_recipe
+    from prompt_tune.setup import pick_device
+
+    named = [(name, Path(file)) for name, _, file in (s.partition("=") for s in source or ())]
+    if any(not name or file == Path() for name, file in named):
+        what = "a source has the form NAME=FILE"
+        raise RecipeError(what, where="--source", found=" ".join(source or ()))
+    found = run_ablate(
+        load_tune_recipe(recipe, tuple(overrides or ())),
+        data=data,
+        knowledge=knowledge,
+        out=out,
+        seeds=parse_seeds(seeds),
+        split=split,
+        part=part,
+        metric=metric,
+        only=only,
+        sources=dict(named),
+        device=pick_device(device),
+    )
+    _say(found.to_json(), as_json, found.text())
+
+
 @assets_app.command("list")
 def assets_list(as_json: Json = False) -> None:
     """The embedded assets: what they are, their licence, whether they are here."""

@@ -49,7 +49,12 @@ def run_label(run: dict[str, Any]) -> str:
     return label
 
 
-def _evaluated(folder: Path, split: str) -> dict[str, Any]:
+def evaluated(folder: Path, split: str) -> dict[str, Any]:
+    """The content of `metrics.json` of a run on a split.
+
+    Raises:
+        RunError: it was not evaluated so.
+    """
     path = folder / "eval" / split / "metrics.json"
     try:
         return read_json(path)
@@ -86,7 +91,7 @@ def compare_runs(folders: list[Path], *, split: str, out: Path | None = None) ->
     """
     rows, plain, seen = [], [], {}
     for folder in folders:
-        run, result = read_run(folder), _evaluated(folder, split)
+        run, result = read_run(folder), evaluated(folder, split)
         try:
             seen[str(result["data"])] = folder
             row, facts = _row(folder, run, result)

@@ -13,6 +13,7 @@ from cache.progress import track
 from cache.recipe import validate
 from prompt_tune import figures
 from prompt_tune.backbone import BackboneSpec
+from prompt_tune.calibration import scaled_calibration
 from prompt_tune.cases import Cases
 from prompt_tune.checkpoint import RUN, WEIGHTS, load_weights, read_json, read_run, write_json
 from prompt_tune.data.few_shot import SampleList, stratified_part
@@ -220,6 +221,7 @@ def evaluate(
             resamples=resamples,
             seed=PART_SEED,
         ),
+        "scaled": _scaled(setup, predictions) if split == "test" else None,
     }
     with storage_errors(place):
         place.mkdir(parents=True, exist_ok=True)
@@ -233,6 +235,14 @@ def evaluate(
     )
     figures.reliability_diagram(predictions.probabilities, predictions.labels, place / RELIABILITY)
     return Evaluation(place, result)
+
+
+def _scaled(setup: Setup, test: Predictions) -> dict[str, Any] | None:
+    """Calibration after temperature scaling on the run's validation images, if it has any."""
+    if setup.val is None or len(setup.val) == 0:
+        return None
+    logits = predict(setup.method, setup.cases(setup.val), max(setup.recipe.train.batch_size, 16))
+    return scaled_calibration(test, Predictions.of(logits.numpy(), setup.val))
 
 
 def _note(folder: Path, place: Path, result: dict[str, Any]) -> None:

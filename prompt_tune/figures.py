@@ -232,3 +232,86 @@ def methods(
         axes.margins(x=0.08)
 
     return _drawn(path, size, draw)
+
+
+def average_ranks(
+    rows: Sequence[tuple[str, Sequence[float]]], path: Path, *, measure: str = "accuracy"
+) -> Path:
+    """Mean rank of every method over data sets, a small dot for each of them; best on top.
+
+    Args:
+        rows: (method, its rank on each data set), best mean first.
+        path: the PNG to write.
+        measure: what methods are ranked by.
+
+    Raises:
+        DataError: no methods.
+    """
+    if not rows:
+        what = "there are no methods to draw"
+        raise DataError(what)
+    names = [_wrapped(name, 40, 2) for name, _ in rows]
+    longest = max(len(line) for name in names for line in name.splitlines())
+    size = (4.2 + 0.068 * longest, 1.2 + 0.3 * len(rows))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for k, (_, own) in enumerate(rows):
+            axes.plot([min(own), max(own)], [k, k], color=GREY, linewidth=1, zorder=1)
+            axes.plot(own, [k] * len(own), color=GREY, marker="o", markersize=3, linestyle="")
+            mean = sum(own) / len(own)
+            axes.plot([mean], [k], color=BLUE, marker="D", markersize=6, zorder=3)
+            axes.annotate(
+                f"{mean:.1f}", (1.02, k), xycoords=axes.get_yaxis_transform(), va="center"
+            )
+        axes.set_yticks(range(len(rows)), names)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        counts = max(len(own) for _, own in rows)
+        over = f"over {counts} data sets" if counts > 1 else "on one data set"
+        axes.set_xlabel(f"rank by {LABELS.get(measure, measure)}, mean {over} (1 is best)")
+        axes.grid(axis="x", alpha=0.3)
+        axes.margins(x=0.06)
+
+    return _drawn(path, size, draw)
+
+
+def differences(
+    rows: Sequence[tuple[str, Sequence[float]]], path: Path, *, measure: str = "accuracy"
+) -> Path:
+    """How far one method is ahead of each of several variants, with intervals around zero.
+
+    Args:
+        rows: (variant, [difference, low, high]).
+        path: the PNG to write.
+        measure: what differs.
+
+    Raises:
+        DataError: no variants.
+    """
+    if not rows:
+        what = "there are no differences to draw"
+        raise DataError(what)
+    names = [_wrapped(name, 34, 2) for name, _ in rows]
+    longest = max(len(line) for name in names for line in name.splitlines())
+    size = (4.2 + 0.068 * longest, 1.2 + 0.34 * len(rows))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.axvline(0.0, color=GREY, linewidth=1, linestyle="--", zorder=0)
+        for k, (_, (value, low, high)) in enumerate(rows):
+            sure = low > 0 or high < 0
+            axes.plot([low, high], [k, k], color=BLUE, linewidth=1.5, marker="|", markersize=7)
+            face = BLUE if sure else "white"
+            axes.plot([value], [k], color=BLUE, marker="o", markersize=6, markerfacecolor=face)
+            axes.annotate(
+                f"{value:+.3f}", (1.02, k), xycoords=axes.get_yaxis_transform(), va="center"
+            )
+        axes.set_yticks(range(len(rows)), names)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(f"{LABELS.get(measure, measure)}: cached minus variant (95 % interval)")
+        axes.grid(axis="x", alpha=0.3)
+        axes.margins(x=0.08)
+
+    return _drawn(path, size, draw)

@@ -131,7 +131,7 @@ def _chosen(recipe: TuneRecipe, choices: Mapping[str, Any]) -> TuneRecipe:
     return validate(TuneRecipe, data, where=_name(choices))
 
 
-def tune_many(
+def tune_many(  # noqa: PLR0913 - a whole experiment
     recipe: TuneRecipe,
     choices: Iterable[Mapping[str, Any]],
     *,
@@ -141,6 +141,7 @@ def tune_many(
     device: str = "cpu",
     split: str | None = None,
     part: int | None = None,
+    shelf: Shelf | None = None,
 ) -> Runs:
     """Runs one recipe under every combination; each is bit for bit what `tune` alone gives.
 
@@ -157,6 +158,7 @@ def tune_many(
         device: of all runs.
         split: evaluate every run on it; None leaves that for later.
         part: of the split; see `evaluate`.
+        shelf: what is on it is not loaded again.
 
     Raises:
         VademecumError: see `tune`.
@@ -166,7 +168,7 @@ def tune_many(
     if twice := next((name for name in names if names.count(name) > 1), None):
         what = "two combinations would share one run folder"
         raise RecipeError(what, where="--grid", found=twice, do="Give each value once.")
-    shelf, rows = Shelf(), []
+    shelf, rows = shelf or Shelf(), []
     earlier = _earlier(out / RUNS, split, part, names)
     for name, (chosen, one) in zip(names, planned, strict=True):
         folder = out / name

@@ -28,6 +28,13 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 """A spreadsheet takes a cell that starts so for a formula; the quote itself marks an escape."""
 
 
+def softmax(logits: Float64[np.ndarray, "cases classes"]) -> Float64[np.ndarray, "cases classes"]:
+    """Probabilities, in float64."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    total: Float64[np.ndarray, "cases classes"] = shifted / shifted.sum(axis=1, keepdims=True)
+    return total
+
+
 @dataclass(frozen=True, eq=False)
 class Predictions:
     """What a method said about each case.
@@ -65,9 +72,7 @@ class Predictions:
     @property
     def probabilities(self) -> Float64[np.ndarray, "cases classes"]:
         """Softmax of the logits in float64."""
-        shifted = np.exp(self.logits - self.logits.max(axis=1, keepdims=True))
-        softmax: Float64[np.ndarray, "cases classes"] = shifted / shifted.sum(axis=1, keepdims=True)
-        return softmax
+        return softmax(self.logits)
 
 
 def save_predictions(predictions: Predictions, path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from cache.errors import DataError
 from prompt_tune.statistics import LABELS, Interval
+from prompt_tune.tables import laid_out
 
 COLUMNS = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "kappa", "ece")
 Style = Literal["text", "markdown"]
@@ -93,7 +94,7 @@ def table(rows: Sequence[Row], *, columns: Sequence[str] = COLUMNS, style: Style
         line.append(duration(row.step_seconds))
         cells.append(line + ([row.note] if notes else []))
     left = {0, len(header)} if notes else {0}
-    return _laid_out(cells, left, style)
+    return laid_out(cells, style, left=left)
 
 
 def per_class(metrics: Mapping[str, Any], intervals: Mapping[str, Any], style: Style) -> str:
@@ -110,7 +111,7 @@ def per_class(metrics: Mapping[str, Any], intervals: Mapping[str, Any], style: S
                 "–" if area is None else f"{float(area):.3f}",
             ]
         )
-    return _laid_out(cells, {0}, style)
+    return laid_out(cells, style)
 
 
 def describe_evaluation(result: Mapping[str, Any], folder: Path, style: Style = "text") -> str:
@@ -128,12 +129,16 @@ def describe_evaluation(result: Mapping[str, Any], folder: Path, style: Style = 
     cells = [["metric", "value"]]
     for name, label in LABELS.items():
         cells.append([label, shown(interval_of(intervals["metrics"][name]))])
+    if scaled := result.get("scaled"):
+        temperature, fitted = float(scaled["temperature"]), scaled["fitted_on"]
+        what = f"after temperature {temperature:.3g} from {fitted} validation images"
+        cells += [[f"{LABELS[n]}, {what}", f"{float(scaled[n]):.3f}"] for n in ("ece", "nll")]
     undefined = [
         str(name)
         for name, area in zip(metrics["classes"], metrics["auroc"], strict=True)
         if area is None
     ]
-    lines = [head, _laid_out(cells, {0}, style), per_class(metrics, intervals, style)]
+    lines = [head, laid_out(cells, style), per_class(metrics, intervals, style)]
     if undefined:
         lines.append(f"no AUROC, for want of cases or of other cases: {', '.join(undefined)}")
     lines.append(f"predictions, metrics and figures: {folder}")
@@ -169,25 +174,3 @@ def describe_run(run: Mapping[str, Any], folder: Path) -> str:
         lines.append("a smoke run, not a result")
     lines.append(f"run        {folder}")
     return "\n".join(lines)
-
-
-def _laid_out(cells: Sequence[Sequence[str]], left: set[int], style: Style) -> str:
-    """A grid of cells; columns outside `left` are aligned to the right."""
-    if style == "markdown":
-        rule = ["---" if k in left else "---:" for k in range(len(cells[0]))]
-        escaped = [[_escaped(text) for text in line] for line in cells]
-        lines = [escaped[0], rule, *escaped[1:]]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
-
-    def padded(line: Sequence[str]) -> str:
-        pairs = enumerate(zip(line, widths, strict=True))
-        texts = [text.ljust(w) if k in left else text.rjust(w) for k, (text, w) in pairs]
-        return "  ".join(texts).rstrip()
-
-    ruler = "  ".join("-" * width for width in widths)
-    return "\n".join([padded(cells[0]), ruler, *map(padded, cells[1:])])
-
-
-def _escaped(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())

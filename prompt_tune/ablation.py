@@ -1,0 +1,229 @@
+"""`ablate`: one method with its knowledge, without it, and with what looks like it.
+
+Every variant is the recipe with one thing changed, run under the same seeds and evaluated on the
+same images; what remains of the lead over the variant is given with a paired interval.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache.durable import storage_errors, write_atomic
+from cache.errors import RecipeError
+from prompt_tune import figures
+from prompt_tune.checkpoint import write_json
+from prompt_tune.many import combinations, tune_many
+from prompt_tune.paired import Score, difference, holm, p_value, score
+from prompt_tune.predictions import load_predictions
+from prompt_tune.recipe import TuneRecipe
+from prompt_tune.run_folder import EVALUATIONS, PREDICTIONS
+from prompt_tune.shelf import Shelf
+from prompt_tune.statistics import LABELS
+from prompt_tune.tables import TableStyle, laid_out
+
+BASE = "cached"
+RANKS = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The recipe with one thing changed.
+
+    Attributes:
+        name: of the variant, and of its folder.
+        about: what is asked: `knowledge`, `image condition`, `rank`, `rows` or `source`.
+        changes: values by dotted key.
+        knowledge: another cache, for `source`.
+    """
+
+    name: str
+    about: str
+    changes: Mapping[str, Any]
+    knowledge: Path | None = None
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What `ablate` found.
+
+    Attributes:
+        folder: that holds a folder for each variant, `ablation.json`, `.md` and `.png`.
+        metric: what is compared.
+        rows: per variant its score, and how far the recipe as it stands is ahead of it.
+        note: on how many images and seeds.
+    """
+
+    folder: Path
+    metric: str
+    rows: tuple[dict[str, Any], ...]
+    note: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"metric": self.metric, "rows": self.rows, "note": self.note}
+
+    def text(self, style: TableStyle = "text") -> str:
+        """The table and its note."""
+        head = ["variant", "about", LABELS[self.metric], "cached is ahead by [95 %]", "p (Holm)"]
+        cells = [head]
+        for row in self.rows:
+            value = f"{row['value']:.3f}"
+            if row["deviation"] is not None:
+                value += f" ± {row['deviation']:.3f}"
+            ahead, p = row["ahead"], row["p"]
+            lead = "–" if ahead is None else f"{ahead[0]:+.3f} [{ahead[1]:+.3f}, {ahead[2]:+.3f}]"
+            cells.append(
+                [row["variant"], row["about"], value, lead, "–" if p is None else f"{p:.3f}"]
+            )
+        return f"{laid_out(cells, style, left=(0, 1))}\n\n{self.note}"
+
+
+def variants(recipe: TuneRecipe, sources: Mapping[str, Path] | None = None) -> list[Variant]:
+    """What can be asked of a recipe: controls, image condition, ranks, rows and source models.
+
+    Args:
+        recipe: as it stands; its own control must be `cached`.
+        sources: further caches by name, of other language models.
+
+    Raises:
+        RecipeError: the method reads no knowledge, or the recipe's control is not `cached`.
+    """
+    method = recipe.method_class()
+    if not method.needs:
+        what = f"method {recipe.method['name']!r} reads no knowledge"
+        raise RecipeError(what, where="method.name", do="Ablate a method that does.")
+    if recipe.knowledge.control != "cached":
+        what = "an ablation starts from the cached knowledge"
+        found = recipe.knowledge.control
+        raise RecipeError(what, where="knowledge.control", found=found, wanted="cached")
+    config = recipe.method_config(where="recipe").model_dump()
+    made = [Variant(BASE, "as it stands", {})]
+    made += [
+        Variant(control, "knowledge", {"knowledge.control": control})
+        for control in ("shuffled", "random", "none")
+    ]
+    if config.get("condition") == "image":
+        made += [
+            Variant("no image condition", "image condition", {"method.condition": "none"}),
+            Variant(
+                "shuffled, no image condition",
+                "image condition",
+                {"method.condition": "none", "knowledge.control": "shuffled"},
+            ),
+        ]
+    if "rank" in config:
+        made += [
+            Variant(f"rank {rank}", "rank", {"method.rank": rank})
+            for rank in RANKS
+            if rank != config["rank"]
+        ]
+    if "rows" in method.needs:
+        least = config.get("prefix", 0) + config.get("suffix", 0)
+        made += [
+            Variant(f"{keep} rows", "rows", {"knowledge.keep": keep})
+            for keep in (least, 2 * least)
+            if keep and keep != recipe.knowledge.keep
+        ]
+    for name, path in (sources or {}).items():
+        made.append(Variant(f"source {name}", "source", {}, path))
+    return made
+
+
+def ablate(  # noqa: PLR0913 - a whole experiment
+    recipe: TuneRecipe,
+    *,
+    data: str,
+    knowledge: Path,
+    out: Path,
+    seeds: Sequence[int] = (1, 2, 3),
+    split: str = "test",
+    part: int | None = None,
+    metric: str = "accuracy",
+    only: Sequence[str] | None = None,
+    sources: Mapping[str, Path] | None = None,
+    device: str = "cpu",
+) -> Ablation:
+    """Runs every variant under every seed in one process, and says what remained.
+
+    Finished runs are skipped, an unfinished one goes on.
+
+    Args:
+        recipe: a method that reads knowledge, with control `cached`.
+        data: the images.
+        knowledge: the cache.
+        out: a folder for all runs, table and figure.
+        seeds: of the runs.
+        split: to evaluate on.
+        part: of the split; see `evaluate`.
+        metric: to compare.
+        only: the questions to ask, of `Variant.about`; None asks all.
+        sources: see `variants`.
+        device: of all runs.
+
+    Raises:
+        RecipeError: see `variants`; an unknown question.
+        VademecumError: see `tune`.
+    """
+    every = variants(recipe, sources)
+    asked = {v.about for v in every[1:]}
+    if only is not None and not set(only) <= asked:
+        what, wanted = "this method cannot be asked that", ", ".join(sorted(asked))
+        raise RecipeError(what, where="--only", found=", ".join(only), wanted=wanted)
+    chosen = [v for v in every if only is None or v.name == BASE or v.about in only]
+    shelf = Shelf()
+    scores: dict[str, Score] = {}
+    for variant in chosen:
+        place = out / re.sub(r"[^a-z0-9]+", "-", variant.name.lower()).strip("-")
+        runs = tune_many(
+            recipe,
+            [{**variant.changes, **c} for c in combinations(tuple(seeds), {})],
+            data=data,
+            out=place,
+            knowledge=variant.knowledge or knowledge,
+            device=device,
+            split=split,
+            part=part,
+            shelf=shelf,
+        )
+        name = split if part is None else f"{split}-{part}"
+        files = [place / r["run"] / EVALUATIONS / name / PREDICTIONS for r in runs.rows]
+        scores[variant.name] = score([load_predictions(f) for f in files], metric)
+        images = len(load_predictions(files[0]).labels)
+    note = (
+        f"{images} images, {len(seeds)} seeds; mean ± standard deviation over seeds; intervals: "
+        "paired bootstrap over cases of the difference of the means over seeds; p-values "
+        "Holm-corrected over all variants."
+    )
+    found = Ablation(out, metric, _rows(chosen, scores), note)
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "ablation.json", found.to_json())
+    write_atomic(out / "ablation.md", (found.text("markdown") + "\n").encode())
+    figures.differences(
+        [(r["variant"], r["ahead"]) for r in found.rows if r["ahead"]],
+        out / "ablation.png",
+        measure=metric,
+    )
+    return found
+
+
+def _rows(chosen: Sequence[Variant], scores: Mapping[str, Score]) -> tuple[dict[str, Any], ...]:
+    base = scores[BASE]
+    adjusted = holm([p_value(base, scores[v.name]) for v in chosen[1:]])
+    rows = []
+    for variant, p in zip(chosen, [None, *adjusted], strict=True):
+        own = scores[variant.name]
+        rows.append(
+            {
+                "variant": variant.name,
+                "about": variant.about,
+                "value": own.value,
+                "deviation": own.deviation if own.deviation == own.deviation else None,
+                "interval": own.interval.to_json(),
+                "ahead": None if p is None else difference(base, own).to_json(),
+                "p": p,
+            }
+        )
+    return tuple(rows)

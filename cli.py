@@ -28,6 +28,8 @@ cache_app = typer.Typer(help="Look into sealed knowledge caches.", no_args_is_he
 assets_app = typer.Typer(help="The embedded models and images.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 app.add_typer(assets_app, name="assets")
+data_app = typer.Typer(help="Look into image data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 Overrides = Annotated[
@@ -451,13 +453,36 @@ def evaluate(
     part: Annotated[int | None, typer.Option(min=1, help="A stratified part: images.")] = None,
     data: Annotated[str | None, typer.Option(help="Where the images are now.")] = None,
     knowledge: Annotated[Path | None, typer.Option(help="Where the cache is now.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Other classes than the run's: novel, base, all, or ids.")
+    ] = None,
+    transfer: Annotated[bool, typer.Option(help="--data is another data set.")] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Metrics of a run with intervals, per-case predictions and figures."""
+    """Metrics of a run with intervals, per-case predictions and figures.
+
+    With --classes or --transfer on classes the run was not tuned on, by their names alone.
+    """
     from prompt_tune.evaluation import evaluate as run_evaluate
     from prompt_tune.report import describe_evaluation
     from prompt_tune.setup import pick_device
+
+    if transfer or classes is not None:
+        from prompt_tune.transfer import evaluate_on
+
+        there = evaluate_on(
+            run,
+            data=data,
+            classes=classes or "all",
+            split=split,
+            part=part,
+            knowledge=knowledge,
+            device=pick_device(device),
+            transfer=transfer,
+        )
+        _say(there.result, as_json, describe_evaluation(there.result, there.folder))
+        return
 
     found = run_evaluate(
         run,
@@ -555,6 +580,26 @@ def ablate(
         device=pick_device(device),
     )
     _say(found.to_json(), as_json, found.text())
+
+
+@data_app.command("check")
+def data_check(
+    data: Annotated[str, typer.Argument(help="A declaration, folder, CSV, JSON, npz or preset.")],
+    as_json: Json = False,
+) -> None:
+    """Counts, balance, broken files, duplicates, patients in two splits; exit code 1 on a fault.
+
+    A fault is a missing or unreadable file, a label that is no class, a split or class without
+    images, a file listed twice, equal pixels or one patient in two splits (unless the declaration
+    allows it), equal pixels under two classes, or, where the declaration is strict, other counts
+    or another file than expected. Everything else is a warning.
+    """
+    from prompt_tune.data.check import check_data
+
+    found = check_data(data)
+    _say(found.to_json(), as_json, found.describe())
+    if not found.passed:
+        raise SystemExit(DIFFERENT)
 
 
 @assets_app.command("list")

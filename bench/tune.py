@@ -9,10 +9,10 @@ Per part (text, image, whole), for one forward and backward: processor seconds (
 repeats; contenders take turns), matmul GFLOP as torch counts them, bytes kept for the backward,
 highest memory, operations that are no views. Logits of all contenders are compared first.
 
-What would not fit is predicted, not run: GFLOP and bytes from one small count (both are exact
-straight lines in images and in images x classes), seconds from the speed of what was measured.
-The floor is the time that the counted GFLOP take at the speed of one large matrix product. Prints
-Markdown tables and, with --json, writes everything.
+What would not fit is predicted, not run: GFLOP and kept bytes from one small count (both are
+straight lines in images and in images x classes), highest memory as 1.5 times those bytes, seconds
+from the speed of what was measured. The floor is the time that the counted GFLOP take at the speed
+of one large matrix product. Prints Markdown tables and, with --json, writes everything.
 """
 
 import argparse
@@ -38,6 +38,7 @@ import prompt_tune  # noqa: F401 - makes torchvision importable
 ROWS, WIDTH, DROPOUT = 32, 4096, 0.1
 NAMES = ("cell", "red cell", "small round nucleus", "lesion with irregular border")
 WAYS = ("ours", "ours with dropout", "batched", "literal")
+OVER = 1.5  # the highest memory of a step against what it keeps for the backward
 IDLE = ("_unsafe_view", "empty", "promote_types", "_local_scalar_dense")
 Forward = Callable[[], Tensor]
 
@@ -53,15 +54,17 @@ class Case:
     images: Tensor
     labels: Tensor
     features: Tensor
+    bf16: bool
 
 
-def backbone_of(device: str) -> Any:
+def backbone_of(device: str, precision: Any = "fp32", *, compiled: bool = False) -> Any:
     """ViT-B/16 with random weights and every bias and gain randomised."""
     import logging
 
     import open_clip
 
     from prompt_tune.backbone import Backbone
+    from prompt_tune.execution import Execution, executing
     from prompt_tune.preprocess import Preprocess
 
     logging.disable(logging.WARNING)
@@ -72,7 +75,7 @@ def backbone_of(device: str) -> Any:
         for key, parameter in model.named_parameters():
             if parameter.ndim == 1 and ("ln" in key or "bias" in key):
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return Backbone.of(
+    backbone = Backbone.of(
         model,
         open_clip.get_tokenizer(name),
         name="random ViT-B/16",
@@ -81,6 +84,7 @@ def backbone_of(device: str) -> Any:
         notes={},
         device=device,
     )
+    return executing(backbone, Execution(precision, compiled=compiled))
 
 
 def case_of(backbone: Any, batch: int, classes: int, device: str, rows: int = ROWS) -> Case:
@@ -112,7 +116,7 @@ def case_of(backbone: Any, batch: int, classes: int, device: str, rows: int = RO
     features = torch.nn.functional.normalize(torch.randn(batch, backbone.embed_dim), dim=-1)
     return Case(
         ours, method(DROPOUT), PlainCilmp(**shared), PlainCilmp(**shared, form="literal"),
-        images, labels, features.to(device),
+        images, labels, features.to(device), backbone.image.execution.precision == "bf16",
     )  # fmt: skip
 
 
@@ -125,12 +129,14 @@ def work(case: Case, way: str, part: str) -> Forward:
 
     def text(v: Tensor) -> Tensor:
         if method is None:
-            return plain.logits(v)
+            with torch.autocast(v.device.type, torch.bfloat16, enabled=case.bf16):
+                return plain.logits(v).float()
         return method.cosine_logits(v, method.text_features(v))
 
     def image() -> Tensor:
         if method is None:
-            return plain.image_features(case.images)
+            with torch.autocast(case.images.device.type, torch.bfloat16, enabled=case.bf16):
+                return plain.image_features(case.images).float()
         return method.image_features(Batch(labels=case.labels, images=case.images))
 
     def run() -> Tensor:
@@ -143,25 +149,33 @@ def work(case: Case, way: str, part: str) -> Forward:
     return run
 
 
-def saved_bytes(case: Case, forward: Forward) -> int:
-    """Bytes of distinct storages kept for the backward, parameters and inputs apart."""
-    inputs = [case.images, case.plain.hidden, *case.method.backbone.model.parameters()]
-    for method in (case.method, case.dropped):
-        inputs += [*method.parameters(), *method.buffers()]
-    fixed = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    kept: dict[int, int] = {}
+class Saved:
+    """Counts, while a forward runs, the bytes it keeps for the backward in distinct storages.
 
-    def pack(tensor: Tensor) -> Tensor:
+    Parameters and inputs are left out.
+    """
+
+    def __init__(self, case: Case) -> None:
+        inputs = [case.images, case.plain.hidden, *case.method.backbone.model.parameters()]
+        for method in (case.method, case.dropped):
+            inputs += [*method.parameters(), *method.buffers()]
+        self._fixed = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        self._kept: dict[int, int] = {}
+
+    def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in fixed:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in self._fixed:
+            self._kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    total = sum(kept.values())
-    del loss
-    return total
+    def hooks(self) -> Any:
+        """The context in which a forward runs."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    @property
+    def gb(self) -> float:
+        """So far."""
+        return sum(self._kept.values()) / 1e9
 
 
 class Operations(TorchDispatchMode):
@@ -177,15 +191,15 @@ class Operations(TorchDispatchMode):
 
 def counted(case: Case, way: str, part: str) -> dict[str, float]:
     """What of one forward and backward does not depend on the machine's speed."""
-    forward = work(case, way, part)
-    saved = saved_bytes(case, forward)
-    with FlopCounterMode(display=False) as flops:
-        forward().backward()
-    with Operations() as operations:
-        forward().backward()
+    forward, saved = work(case, way, part), Saved(case)
+    with FlopCounterMode(display=False) as flops, Operations() as operations:
+        with saved.hooks():
+            loss = forward()
+        gb = saved.gb
+        loss.backward()
     forget(case)
     gflop = flops.get_total_flops() / 1e9
-    return {"gflop": gflop, "saved_gb": saved / 1e9, "operations": operations.count}
+    return {"gflop": gflop, "saved_gb": gb, "operations": operations.count}
 
 
 def forget(case: Case) -> None:
@@ -246,9 +260,10 @@ def timed(case: Case, part: str, ways: list[str], repeats: int, device: str) -> 
     return found
 
 
-def matmul_rate(device: str, size: int = 2048) -> float:
-    """GFLOP per second of a large fp32 matrix product, best of a few."""
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+def matmul_rate(device: str, precision: str = "fp32", size: int = 2048) -> float:
+    """GFLOP per second of a large matrix product, best of a few."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = min(seconds_of(lambda: torch.mm(a, b), device) for _ in range(5))
     return 2 * size**3 / best / 1e9
 
@@ -300,10 +315,10 @@ def measure(case: Case, part: str, options: Any, foresee: Predictions) -> dict[s
     for way in WAYS:
         if part == "image" and way in {"ours with dropout", "literal"}:
             continue  # nothing about them is special
-        gb = foresee.of("saved_gb", way, part, *place)
+        gb = OVER * foresee.of("saved_gb", way, part, *place)
         minutes = foresee.minutes(way, part, *place)
         cells[way] = {"predicted_gb": gb, "predicted_minutes": minutes}
-        if gb < options.max_gb and minutes * (options.repeats + 3) < options.max_minutes:
+        if gb < options.max_gb and minutes * (options.repeats + 1) < options.max_minutes:
             cells[way] |= counted(case, way, part)
     ways = [way for way, cell in cells.items() if "gflop" in cell]
     for way, cell in timed(case, part, ways, options.repeats, options.device).items():
@@ -362,22 +377,26 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 8, 16, 64])
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 8, 20, 100])
     parser.add_argument("--parts", nargs="+", default=["text", "image", "whole"])
-    parser.add_argument("--max-gb", type=float, default=12, help="kept for a backward")
+    parser.add_argument("--max-gb", type=float, default=12, help="of a step's highest memory")
     parser.add_argument("--max-minutes", type=float, default=20, help="for one contender's cell")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--compile", action="store_true", help="ours, by torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    backbone, rate = backbone_of(options.device), matmul_rate(options.device)
+    backbone = backbone_of(options.device, options.precision, compiled=options.compile)
+    rate = matmul_rate(options.device, options.precision)
     foresee = Predictions(backbone, options.device, rate)
     rows: list[dict[str, Any]] = []
     for classes in options.classes:
         for batch in options.batch:
             case = case_of(backbone, batch, classes, options.device)
-            worst = compare(case) if batch * classes <= 64 else None
+            small = batch * classes <= 64 and options.precision == "fp32"
+            worst = compare(case) if small else None
             for part in options.parts:
-                cells, ours = measure(case, part, options, foresee), {}
-                rate = max(rate, matmul_rate(options.device))
+                cells = measure(case, part, options, foresee)
+                rate = max(rate, matmul_rate(options.device, options.precision))
                 row = {"classes": classes, "batch": batch, "part": part, "cells": cells}
                 if "seconds" in (ours := cells["ours"]):
                     row["floor_share"] = ours["gflop"] / rate / ours["seconds"]
@@ -391,7 +410,8 @@ def main() -> None:
     if options.json:
         facts = {
             "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "device": options.device, "machine": platform.machine(), "matmul_gflops": rate,
+            "device": options.device, "precision": options.precision,
+            "compiled": options.compile, "machine": platform.machine(), "matmul_gflops": rate,
             "zero_shot_images_per_second": floor, "rows": rows,
         }  # fmt: skip
         options.json.write_text(json.dumps(facts, indent=2))

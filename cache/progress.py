@@ -11,6 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_EVERY = 10.0  # seconds between plain lines
 
 
+def say(line: str) -> None:
+    """Shows one line on standard error."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(line)
+
+
 class Track:
     """One running piece of work; `advance` after each unit."""
 

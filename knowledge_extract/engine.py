@@ -11,12 +11,13 @@ from cache.blocks import Entry
 from knowledge_extract.answers import AnswerIds
 from knowledge_extract.batches import Batches
 from knowledge_extract.capture import Capture
+from knowledge_extract.drawing import draw
 from knowledge_extract.generate import generate, pad_right, read
 from knowledge_extract.job import Job
 from knowledge_extract.model import LanguageModel
 from knowledge_extract.pooling import reader_for, split_rows
 from knowledge_extract.quiet import quiet
-from knowledge_extract.recipe import AnswersBlock, StatesBlock
+from knowledge_extract.recipe import AnswersBlock, StatesBlock, room_for_answer
 from knowledge_extract.units import Piece, Task, Unit
 
 Row = dict[str, Any]  # block name -> states; "" -> ids of the answer
@@ -54,9 +55,13 @@ class Engine:
 
         Raises:
             SystemRefusedError: one row alone does not fit into memory.
+            ModelError: a question got no sound answer.
             Fp16OverflowError: see there.
         """
         task = unit.task
+        if task.kind == "sample":
+            made, largest = draw(self.job, self.language, task, unit.pieces, self.batches)
+            return made, (largest, max(self._tokens(task, piece) for piece in unit.pieces))
         layers = {name: self.job.specs[name].layers for name in task.states}
         with Capture(self.language, layers, self.job.recipe.last_row) as capture:
             tokens = max(self._tokens(task, piece) for piece in unit.pieces)
@@ -80,9 +85,7 @@ class Engine:
         return lambda pieces: self._read(task, pieces, capture)
 
     def _tokens(self, task: Task, piece: Piece) -> int:
-        asked = self.job.recipe.blocks.get(task.source)
-        more = asked.max_new_tokens + 1 if isinstance(asked, AnswersBlock) else 0
-        return len(piece.reading.ids) + more
+        return len(piece.reading.ids) + room_for_answer(self.job.recipe.blocks.get(task.source))
 
     def _generate(self, task: Task, pieces: Sequence[Piece], capture: Capture) -> list[Row]:
         block = self.job.recipe.blocks[task.source]

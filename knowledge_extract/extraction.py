@@ -18,6 +18,7 @@ from cache.sealing import seal
 from cache.shards import ShardFolder
 from cache.store import KnowledgeCache
 from knowledge_extract.answers import AnswerIds
+from knowledge_extract.cloze import Filler
 from knowledge_extract.crew import Crew, Workplace
 from knowledge_extract.engine import Fp16OverflowError
 from knowledge_extract.job import Job, prepare
@@ -186,6 +187,7 @@ class _Extraction:
         present = set(self.place.shards.present())
         self.before = len(present)
         self._given(present)
+        self._fill(present)
         self.todo = missing(job, present, self.place.answers)
 
     def next_is_held(self, crew: Crew) -> bool:
@@ -234,6 +236,19 @@ class _Extraction:
         if new:
             self.place.shards.commit(new, batch_shape=(len(new),))
             self.computed += len(new)
+
+    def _fill(self, present: set[str]) -> None:
+        """Commits what fill-mask models put into gaps, one attribute of one class at a time."""
+        job = self.place.job
+        for name, source in job.fillers.items():
+            left = [gap for gap in job.gaps(name) if not present.issuperset(gap.keys(job.specs))]
+            if not left:
+                continue
+            filler = Filler(source, self.run)
+            for gap in left:
+                entries = filler.entries(gap)
+                self.place.shards.commit(entries, batch_shape=(1,))
+                self.computed += len(entries)
 
     def _pass(self, crew: Crew, quantisation: str, units: list[Unit]) -> None:
         """Works through the units of one model."""

@@ -1,4 +1,4 @@
-"""Forward passes: greedy answers closed by the end token, and plain reading.
+"""Forward passes: answers closed by the end token, and plain reading.
 
 Sequences are padded on the right with explicit positions and an attention mask, so a row computes
 the same thing whatever stands beside it; what remains is floating-point order. Measured on
@@ -20,7 +20,7 @@ can fall the other way in another batch; `batch_size: 1` rules that out.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -172,6 +172,32 @@ def _order_of_the_rest(rows: Sequence[_Row]) -> list[int]:
     return [behind.pop(0) if rows[place].done else place for place in range(len(left))]
 
 
+def greedy(logits: Float[Tensor, "rows tokens"], _numbers: Sequence[int]) -> list[int]:
+    """The most likely token of every row."""
+    return [int(token) for token in logits.argmax(dim=-1)]
+
+
+def to_the_end(_number: int, _answer: Sequence[int]) -> bool:
+    """No answer is enough before the model ends it."""
+    return False
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers grow.
+
+    Args:
+        choose: the next tokens, from the logits of rows and their numbers in the batch.
+        enough: whether the answer of a row needs no more tokens; only where no states are kept.
+    """
+
+    choose: Callable[[Tensor, Sequence[int]], list[int]] = greedy
+    enough: Callable[[int, Sequence[int]], bool] = to_the_end
+
+
+GREEDY = Decoding()
+
+
 @torch.inference_mode()
 def generate(
     language: LanguageModel,
@@ -182,12 +208,13 @@ def generate(
     max_new_tokens: int,
     capture: Capture | None = None,
     blocks: Sequence[str] = (),
+    decoding: Decoding = GREEDY,
 ) -> Generated:
-    r"""Greedy answers, and the states of the end token read through the same key-value cache.
+    r"""Answers, and the states of the end token read through the same key-value cache.
 
-    Each step feeds $t_k = \arg\max p(\cdot\mid t_{<k})$. A row that reaches a stop token, or
-    `max_new_tokens`, is fed `end` instead, the states of that position are kept, and the row leaves
-    the batch: no second pass over prompt and answer.
+    Each step feeds $t_k = \arg\max p(\cdot\mid t_{<k})$, or what `decoding` chooses. A row that
+    reaches a stop token, or `max_new_tokens`, is fed `end` instead, the states of that position are
+    kept, and the row leaves the batch: no second pass over prompt and answer.
 
     Differs: the published recipe runs a second forward over the whole sequence and keeps whichever
     stop token an answer happened to end with. Sampling settings, penalties and processors of the
@@ -201,6 +228,7 @@ def generate(
         max_new_tokens: longest answer.
         capture: keeps the states of `end`; without it they are not computed.
         blocks: names under which `capture` keeps them.
+        decoding: how tokens are chosen.
     """
     kept = _Kept(capture, blocks if capture is not None else (), len(prompts))
     kept.expect([])
@@ -225,9 +253,10 @@ def generate(
         )
         memory = out.past_key_values
         kept.collect(closing, [rows[place].number for place in closing])
-        following = out.logits[:, -1].argmax(dim=-1).tolist()
+        following = decoding.choose(out.logits[:, -1], [row.number for row in rows])
         for row, token in zip(rows, following, strict=True):
             row.take(token, end=end, stops=stops, most=max_new_tokens, close=capture is not None)
+            row.done = row.done or decoding.enough(row.number, row.answer)
         order = _order_of_the_rest(rows)
         if 0 < len(order) < len(rows):
             mask = mask[order]

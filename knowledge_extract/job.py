@@ -4,7 +4,7 @@ Needs the configuration and the tokenizer of the model, never its weights.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cache.blocks import BlockSpec, ClassRecord, Entry, entry_key
@@ -12,14 +12,19 @@ from cache.errors import ModelError
 from cache.recipe import digest_of
 from cache.shards import ExtractionHeader
 from knowledge_extract import source as sources
+from knowledge_extract.asked import ASKED, ClozeBlock, DrawsBlock
+from knowledge_extract.asking import per_question, questions, sampling_spec
+from knowledge_extract.cloze import Gap, cloze_spec, gaps
 from knowledge_extract.prompts import Prompter, end_tokens, load_configs, load_prompter
 from knowledge_extract.recipe import (
+    GIVEN,
     AnswersBlock,
     AttributesBlock,
     ClassRecipe,
     ExtractRecipe,
     TextsBlock,
     resolve_layers,
+    room_for_answer,
 )
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.source import ModelSource
@@ -44,6 +49,7 @@ class Job:
         pieces: what the model reads, by source.
         specs: the blocks.
         passes: units by model load.
+        fillers: the fill-mask model of each block that has one.
     """
 
     recipe: ExtractRecipe
@@ -55,6 +61,7 @@ class Job:
     pieces: dict[str, tuple[Piece, ...]]
     specs: dict[str, BlockSpec]
     passes: list[tuple[str, list[Unit]]]
+    fillers: dict[str, ModelSource] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -70,6 +77,10 @@ class Job:
         provenance["model_licence"] = model.licence or "unknown"
         if model.gated is not None:
             provenance["model_gated"] = "yes" if model.gated else "no"
+        for name, block in self.recipe.blocks.items():
+            if isinstance(block, ClozeBlock):
+                provenance[f"{name}_model"] = self.fillers[name].label
+                provenance[f"{name}_licence"] = block.model.licence or "unknown"
         return ExtractionHeader(
             dataset=self.recipe.dataset,
             classes=tuple(records),
@@ -82,6 +93,8 @@ class Job:
         """The recipe without paths, with what the model decided."""
         data = self.recipe.model_dump(mode="json", exclude={"model"})
         data["model"] = self.source.identity
+        for name, filler in self.fillers.items():
+            data["blocks"][name]["model"] = filler.identity
         data["resolved"] = {"chat": self.prompter.chat, "end_token": self.end, "depth": self.depth}
         return data
 
@@ -98,14 +111,30 @@ class Job:
         """The key of an entry that was made."""
         return entry_key(self.specs[entry.block], entry.class_id, entry.item, entry.source_digest)
 
+    def items(self, block: str, piece: Piece) -> range:
+        """The items of a block that a piece yields."""
+        count = per_question(self.recipe.blocks[block])
+        return range(piece.item * count, (piece.item + 1) * count)
+
     def keys(self, unit: Unit) -> frozenset[str]:
         """The keys of every entry a unit yields."""
-        return frozenset(self.key(b, piece) for b in unit.task.blocks for piece in unit.pieces)
+        return frozenset(
+            entry_key(self.specs[block], piece.class_id, item, piece.reading.digest)
+            for block in unit.task.blocks
+            for piece in unit.pieces
+            for item in self.items(block, piece)
+        )
 
     def all_keys(self) -> frozenset[str]:
         """The keys of every entry the recipe asks for."""
         computed = frozenset().union(*(self.keys(unit) for unit in self.units))
-        return computed | {self.entry_key(entry) for entry in self.given()}
+        gaps = (gap for name in self.fillers for gap in self.gaps(name))
+        filled = {key for gap in gaps for key in gap.keys(self.specs)}
+        return computed | filled | {self.entry_key(entry) for entry in self.given()}
+
+    def gaps(self, name: str) -> tuple[Gap, ...]:
+        """What the fill-mask model of a block is asked."""
+        return gaps(self.recipe, name)
 
     def given(self) -> Iterator[Entry]:
         """The entries that need no model: the texts and attributes of the recipe."""
@@ -152,7 +181,11 @@ def _texts(recipe: ExtractRecipe, source: str) -> Iterator[tuple[str, int, str]]
 
 
 def _pieces(recipe: ExtractRecipe, source: str, prompter: Prompter) -> tuple[Piece, ...]:
-    asks = source not in {"descriptions", "attributes"}
+    block = recipe.blocks.get(source)
+    if isinstance(block, ASKED):
+        asked = questions(recipe, block)
+        return tuple(Piece(c, n, prompter.question(t, begin)) for c, n, t, begin in asked)
+    asks = source not in GIVEN
     encode = prompter.question if asks else prompter.plain
     return tuple(Piece(c, n, encode(text)) for c, n, text in _texts(recipe, source))
 
@@ -167,6 +200,10 @@ def _spec(job: dict[str, Any], name: str, *, wide: bool) -> BlockSpec:
     if isinstance(block, TextsBlock):
         template = digest_of(templates["description"])
         return BlockSpec("texts", {**shared, "source": "descriptions", "template": template})
+    if isinstance(block, DrawsBlock):
+        return BlockSpec("texts", {**_spec(job, block.of, wide=wide).spec, "source": "draws"})
+    if isinstance(block, ClozeBlock):
+        return cloze_spec(block, job["fillers"][name], REVISION)
     shared |= {
         "model": job["source"].model_digest,
         "quantisation": quantisation_of(recipe, name),
@@ -174,6 +211,9 @@ def _spec(job: dict[str, Any], name: str, *, wide: bool) -> BlockSpec:
     }
     if isinstance(block, AnswersBlock):
         return BlockSpec("texts", {**shared, **_asked(job, block)})
+    if isinstance(block, ASKED):
+        kind = "texts" if block.kind == "generated" else "attributes"
+        return BlockSpec(kind, {**shared, **_chat(job), **sampling_spec(block)})
     if block.of in {"descriptions", "attributes"}:
         key = block.of.removesuffix("s")
         shared |= {"source": block.of, "template": digest_of(templates[key])}
@@ -193,14 +233,21 @@ def _spec(job: dict[str, Any], name: str, *, wide: bool) -> BlockSpec:
 def _asked(job: dict[str, Any], block: AnswersBlock) -> dict[str, Any]:
     """How an answers block asks and stops."""
     return {
+        **_chat(job),
         "source": "answers",
-        "chat": job["prompter"].chat,
-        "chat_template": job["prompter"].template_digest,
         "template": digest_of(job["recipe"].templates.question),
-        "end_token": job["end"],
-        "stops": sorted(job["stops"]),
         "max_new_tokens": block.max_new_tokens,
         "decoding": "greedy",
+    }
+
+
+def _chat(job: dict[str, Any]) -> dict[str, Any]:
+    """How a question is put, and where an answer ends."""
+    return {
+        "chat": job["prompter"].chat,
+        "chat_template": job["prompter"].template_digest,
+        "end_token": job["end"],
+        "stops": sorted(job["stops"]),
     }
 
 
@@ -209,8 +256,7 @@ def _check_lengths(job: Job) -> None:
     if not limit:
         return
     for source, pieces in job.pieces.items():
-        block = job.recipe.blocks.get(source)
-        more = block.max_new_tokens + 1 if isinstance(block, AnswersBlock) else 0
+        more = room_for_answer(job.recipe.blocks.get(source))
         for piece in pieces:
             if len(piece.reading.ids) + more > limit:
                 what = "a text is longer than the model's context"
@@ -243,7 +289,8 @@ def prepare(
     prompter = load_prompter(source, recipe.chat_template)
     config, generation = load_configs(source)
     end, stops = end_tokens(generation, config, prompter.tokenizer)
-    used = {getattr(block, "of", name) for name, block in recipe.blocks.items()}
+    filled = {n: b for n, b in recipe.blocks.items() if isinstance(b, ClozeBlock)}
+    used = {getattr(block, "of", name) for name, block in recipe.blocks.items()} - set(filled)
     pieces = {name: _pieces(recipe, name, prompter) for name in sorted(used)}
     shared = {
         "recipe": recipe,
@@ -252,6 +299,7 @@ def prepare(
         "config": config,
         "end": end,
         "stops": stops,
+        "fillers": {name: sources.find(block.model, run) for name, block in filled.items()},
     }
     specs = {name: _spec(shared, name, wide=wide) for name in recipe.blocks}
     job = Job(**shared, pieces=pieces, specs=specs, passes=work(recipe, pieces, run.batch_size))

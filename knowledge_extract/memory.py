@@ -6,7 +6,7 @@ from typing import Any
 from knowledge_extract.job import Job
 from knowledge_extract.model import decoder_layers
 from knowledge_extract.quiet import quiet
-from knowledge_extract.recipe import AnswersBlock
+from knowledge_extract.recipe import room_for_answer
 from knowledge_extract.units import Unit
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -74,9 +74,11 @@ def _unit_bytes(job: Job, units: Sequence[Unit]) -> int:
     largest = 0
     for unit in units:
         block = job.recipe.blocks.get(unit.task.source)
-        more = block.max_new_tokens + 1 if isinstance(block, AnswersBlock) else 0
-        generates = unit.task.kind == "generate" and more > 1
-        batch, prompt = len(unit.pieces), max(len(piece.reading.ids) for piece in unit.pieces)
+        asks = unit.task.kind in {"generate", "sample"}
+        more = room_for_answer(block)
+        generates = asks and more > 1
+        batch = len(unit.pieces) * getattr(block, "samples", 1)  # at most
+        prompt = max(len(piece.reading.ids) for piece in unit.pieces)
         memory = 2 * job.depth * shared * size * batch * (prompt + more) * number
         layer = batch * (prompt if generates else prompt + more) * (8 * width + 3 * inner) * number
         logits = 8 * batch * int(config.vocab_size)

@@ -122,7 +122,7 @@ def _honour_dtype(model: Any, dtype: str) -> None:
                 module.support_avx512bf16_for_cpu = False
 
 
-def _check_complete(report: Mapping[str, Any], source: ModelSource) -> None:
+def check_complete(report: Mapping[str, Any], source: ModelSource) -> None:
     """Refuses what the library would fill with random numbers after a warning.
 
     Raises:
@@ -173,6 +173,6 @@ def load_model(
         what = "the model cannot be loaded"
         do = "Check the files" + (", or run once with a network." if source.commit else ".")
         raise ModelError(what, where=source.label, found=str(error)[:300], do=do) from error
-    _check_complete(report, source)
+    check_complete(report, source)
     _honour_dtype(model, dtype)
     return as_language_model(model, pad, quantisation)

@@ -11,7 +11,7 @@ from knowledge_extract.extraction import finished, parts_folder
 from knowledge_extract.job import Job, prepare
 from knowledge_extract.memory import peak_bytes
 from knowledge_extract.model import pick_device
-from knowledge_extract.recipe import AnswersBlock, ExtractRecipe, StatesBlock
+from knowledge_extract.recipe import ExtractRecipe, StatesBlock, room_for_answer
 from knowledge_extract.settings import RunSettings
 from knowledge_extract.todo import missing
 from knowledge_extract.units import Piece, Unit
@@ -26,10 +26,10 @@ class Step:
 
     Args:
         quantisation: of the model that does it.
-        task: `generate`, `reread` or `read`.
+        task: `generate`, `reread`, `read` or `sample`.
         source: what is read.
         units: work units, and how many of them are still to do.
-        tokens: read and generated at most, by the units to do.
+        tokens: read and generated at most, by the units to do; refused answers not counted.
     """
 
     quantisation: str
@@ -81,8 +81,8 @@ class Plan:
 
 def _tokens(job: Job, unit: Unit) -> int:
     block = job.recipe.blocks.get(unit.task.source)
-    more = block.max_new_tokens + 1 if isinstance(block, AnswersBlock) else 0
-    return sum(len(piece.reading.ids) + more for piece in unit.pieces)
+    more, answers = room_for_answer(block), getattr(block, "samples", 1)
+    return sum(len(piece.reading.ids) + more for piece in unit.pieces) * answers
 
 
 def _rows(job: Job, name: str, piece: Piece) -> int:
@@ -96,15 +96,14 @@ def _size(job: Job) -> int:
     total = 0
     for name, spec in job.specs.items():
         source = getattr(job.recipe.blocks[name], "of", name)
-        for piece in job.pieces[source]:
-            total += ENTRY_BYTES + _values(job, name, spec, piece)
+        for piece in job.pieces.get(source, ()):
+            total += (ENTRY_BYTES + _values(job, name, spec, piece)) * len(job.items(name, piece))
     return total
 
 
 def _values(job: Job, name: str, spec: BlockSpec, piece: Piece) -> int:
     if spec.dtype is None:
-        block = job.recipe.blocks[name]
-        more = block.max_new_tokens if isinstance(block, AnswersBlock) else 0
+        more = max(room_for_answer(job.recipe.blocks[name]) - 1, 0)
         return TEXT_BYTES_PER_TOKEN * more + len(piece.reading.text.encode())
     per_row = len(spec.layers) * int(spec.width or 0) * (2 if spec.dtype == "f2" else 4)
     return _rows(job, name, piece) * per_row

@@ -77,8 +77,13 @@ class Prompter:
         self.chat = bool(template) and chat != "never"
         self.template_digest = digest_of({"chat": template if self.chat else None})
 
-    def question(self, text: str) -> Reading:
-        """A question as one user turn with the opening of the answer, or as plain text."""
+    def question(self, text: str, begin: str = "") -> Reading:
+        """A question as one user turn with the opening of the answer, or as plain text.
+
+        Args:
+            text: of the question.
+            begin: the first words of the answer.
+        """
         if self.chat:
             template = self.tokenizer.get_chat_template()
             text = self.tokenizer.apply_chat_template(
@@ -88,7 +93,8 @@ class Prompter:
                 tokenize=False,
                 date_string=FIXED_DATE,
             )
-            return self._encode(text, special=False)
+            return self._encode(text + begin, special=False)
+        text = f"{text} {begin}" if begin else text
         reading = self._encode(text, special=True)
         end = self.tokenizer.eos_token_id
         if len(reading.ids) > 1 and reading.ids[-1] == end and not reading.content[-1]:
@@ -99,9 +105,10 @@ class Prompter:
         """A text as it stands, with the tokenizer's own start token if it adds one."""
         return self._encode(text, special=True)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, strip: bool = True) -> str:
         """Generated ids as text, without special tokens and outer white space."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return text.strip() if strip else text
 
     def _encode(self, text: str, *, special: bool) -> Reading:
         with warnings.catch_warnings():

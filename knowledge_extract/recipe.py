@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from string import Formatter
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from cache.blocks import SLUG
 from cache.errors import RecipeError, ValueRefusedError
@@ -13,47 +12,30 @@ from cache.header import check_block_name
 from cache.plain import is_token
 from cache.recipe import RecipePart, load_recipe
 from cache.registry import suggest
+from knowledge_extract.asked import (
+    ASKED,
+    ClozeBlock,
+    DrawsBlock,
+    GeneratedBlock,
+    ModelAttributesBlock,
+    made_by,
+    with_draws,
+)
 from knowledge_extract.presets import preset_path
+from knowledge_extract.recipe_parts import ModelRecipe, Quantisation, check_template
 
-Quantisation = Literal["none", "nf4", "fp4", "int8"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ChatMode = Literal["auto", "always", "never"]
 LastRow = Literal["normed", "raw"]
 Pooling = Literal["end_token", "last_token", "mean", "all_tokens"]
 TextSource = Literal["descriptions", "attributes"]
 
+GIVEN = ("descriptions", "attributes")  # with the classes of the recipe
 PLACEHOLDERS = {  # template -> (required, allowed)
     "question": ({"name"}, {"name", "modality"}),
     "description": ({"text"}, {"text", "name", "modality"}),
     "attribute": ({"value"}, {"attribute", "name", "value", "modality"}),
 }
-
-
-class ModelRecipe(RecipePart):
-    """Where the language model comes from: exactly one of hub, folder, gguf, asset.
-
-    Paths are taken from the working directory and never stored. `licence` (as the model's page
-    names it) and `gated` go into the cache's provenance, where `vademecum cache push` looks.
-    """
-
-    hub: str | None = None
-    revision: str = "main"
-    folder: str | None = None
-    gguf: str | None = None
-    asset: str | None = None
-    licence: str | None = None
-    gated: bool | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        given = [k for k in ("hub", "folder", "gguf", "asset") if getattr(self, k)]
-        if len(given) != 1:
-            message = f"give exactly one of hub, folder, gguf, asset (given: {given or 'none'})"
-            raise ValueError(message)
-        if self.revision != "main" and not self.hub:
-            message = "revision belongs to a hub model"
-            raise ValueError(message)
-        return self
 
 
 class TemplatesRecipe(RecipePart):
@@ -67,19 +49,7 @@ class TemplatesRecipe(RecipePart):
     @classmethod
     def _placeholders(cls, template: str, info: object) -> str:
         key = str(getattr(info, "field_name", ""))
-        required, allowed = PLACEHOLDERS[key]
-        found = set()
-        for _, field, spec, conversion in Formatter().parse(template):
-            if field is None:
-                continue
-            if spec or conversion or field not in allowed:
-                message = f"unknown placeholder {{{field}}}. {suggest(field, allowed)}"
-                raise ValueError(message)
-            found.add(field)
-        if missing := required - found:
-            message = f"the {key} template must use {{{sorted(missing)[0]}}}"
-            raise ValueError(message)
-        return template
+        return check_template(key, template, *PLACEHOLDERS[key])
 
 
 class ClassRecipe(RecipePart):
@@ -144,8 +114,15 @@ class AttributesBlock(RecipePart):
     of: Literal["attributes"]
 
 
+AnyAttributes = Annotated[
+    Annotated[AttributesBlock, Tag("given")]
+    | Annotated[ModelAttributesBlock, Tag("model")]
+    | Annotated[ClozeBlock, Tag("cloze")],
+    Discriminator(made_by),
+]
 BlockRecipe = Annotated[
-    AnswersBlock | StatesBlock | TextsBlock | AttributesBlock, Field(discriminator="kind")
+    AnswersBlock | StatesBlock | TextsBlock | AnyAttributes | GeneratedBlock | DrawsBlock,
+    Field(discriminator="kind"),
 ]
 
 
@@ -180,6 +157,11 @@ class ExtractRecipe(RecipePart):
         # Order means nothing here, so that two laboratories' recipes merge into one.
         return tuple(sorted(value, key=lambda one: one.id))
 
+    @field_validator("blocks")
+    @classmethod
+    def _draws(cls, value: dict[str, BlockRecipe]) -> dict[str, BlockRecipe]:
+        return with_draws(value)
+
     @model_validator(mode="after")
     def _unique_classes(self) -> Self:
         ids = [c.id for c in self.classes]
@@ -207,7 +189,10 @@ class ExtractRecipe(RecipePart):
 
     def _check_texts(self, name: str, block: BlockRecipe) -> None:
         of = getattr(block, "of", None)
-        if of in {"descriptions", "attributes"}:
+        if of in GIVEN and not isinstance(block, DrawsBlock):
+            if isinstance(self.blocks.get(of), (*ASKED, ClozeBlock)):
+                message = f"block {name!r} reads given {of}; call the generated ones otherwise"
+                raise ValueError(message)
             empty = [c.id for c in self.classes if not getattr(c, of)]
             if empty:
                 message = f"block {name!r} reads {of}, and class {empty[0]!r} has none"
@@ -238,6 +223,12 @@ def _check_states(name: str, block: StatesBlock, answers: Sequence[str]) -> None
     if block.layers == ():
         message = f"block {name!r} names no layer"
         raise ValueError(message)
+
+
+def room_for_answer(block: object) -> int:
+    """Tokens that an answer and its end token take at most; 0 where nothing is generated."""
+    longest = getattr(block, "max_new_tokens", None)
+    return 0 if longest is None else int(longest) + 1
 
 
 def resolve_layers(

@@ -14,7 +14,7 @@ from cache.recipe import digest_of
 from cache.user_folder import user_cache
 from knowledge_extract.gguf import Conversion
 from knowledge_extract.quiet import quiet
-from knowledge_extract.recipe import ModelRecipe
+from knowledge_extract.recipe_parts import ModelRecipe
 from knowledge_extract.settings import RunSettings
 
 TOKENIZER_FILES = frozenset({

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from knowledge_extract.asked import ASKED, DrawsBlock
 from knowledge_extract.prompts import Reading
 from knowledge_extract.recipe import AnswersBlock, ExtractRecipe, StatesBlock
 
-TaskKind = Literal["generate", "reread", "read"]
+TaskKind = Literal["generate", "reread", "read", "sample"]
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,25 @@ class Task:
 
     Args:
         kind: `generate` answers (and read their end token in the same pass), `reread` answers
-            another model wrote, or `read` given texts.
+            another model wrote, `read` given texts, or `sample` texts and attributes.
         quantisation: of the model.
-        source: an answers block, `descriptions` or `attributes`.
+        source: the block of answers, generated texts or attributes; `descriptions` or `attributes`
+            for `read`.
         states: the states blocks it fills.
+        draws: the block that keeps what `sample` refuses.
     """
 
     kind: TaskKind
     quantisation: str
     source: str
     states: tuple[str, ...]
+    draws: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """Every block it fills; `generate` also fills the answers block itself."""
-        return (self.source, *self.states) if self.kind == "generate" else self.states
+        """Every block it fills; `generate` and `sample` also fill the block that is asked for."""
+        own = (self.source,) if self.kind in {"generate", "sample"} else ()
+        return (*own, *self.states, *self.draws)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,10 @@ def _tasks(recipe: ExtractRecipe) -> list[Task]:
         if isinstance(block, AnswersBlock):
             own = quantisation_of(recipe, name)
             tasks.append(Task("generate", own, name, tuple(readers.pop((name, own), ()))))
+        elif isinstance(block, ASKED):
+            draws = (n for n, b in recipe.blocks.items() if isinstance(b, DrawsBlock))
+            kept = tuple(n for n in draws if getattr(recipe.blocks[n], "of", "") == name)
+            tasks.append(Task("sample", quantisation_of(recipe, name), name, (), kept))
     for (source, quantisation), names in readers.items():
         kind: TaskKind = "read" if source in {"descriptions", "attributes"} else "reread"
         tasks.append(Task(kind, quantisation, source, tuple(names)))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -185,6 +185,13 @@ class Backbone:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    def zeroing(self, patches: int) -> Self:
+        """This backbone with the first patches of every image zeroed, and features of its own."""
+        if not patches:
+            return self
+        digest = digest_of([self.image_fingerprint, "zeroed", patches])
+        return replace(self, image=self.image.zeroing(patches), image_fingerprint=digest)
 
     def with_model(self, model: nn.Module, *, note: str) -> "Backbone":
         """This backbone with a changed copy of its model: new towers, new fingerprints."""

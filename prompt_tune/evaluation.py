@@ -1,6 +1,7 @@
 """`evaluate`: metrics of a finished run on one split, with intervals, predictions and figures."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def load_run(
         samples=folder / SAMPLES,
         device=device,
         shelf=shelf,
-        backbone=_found(recipe.backbone, local.get("backbone")),
+        backbone=backbone_place(recipe.backbone, local.get("backbone")),
     )
     if binding_digest(recipe, setup.bindings) != run["digest"]:
         differs = [
@@ -91,20 +92,20 @@ def load_run(
         what = f"the run was made with another {differs[0]}"
         raise RunError(what, where=folder, do="Pass the data and cache of the run.")
     load_weights(folder / WEIGHTS, setup.method.trainable())
-    _check_weights(folder, run.get("weights"))
+    check_weights(folder, run.get("weights"))
     if recipe.train.average == "published":
         setup = averaged_backbone(setup)
     return setup
 
 
-def _found(spec: BackboneSpec, local: object) -> BackboneSpec:
+def backbone_place(spec: BackboneSpec, local: object) -> BackboneSpec:
     """The backbone where the recipe says, or else where it was when the run was made."""
     if spec.path is None or spec.path.exists() or not isinstance(local, str):
         return spec
     return spec.found_at(local)
 
 
-def _check_weights(folder: Path, digest: object) -> None:
+def check_weights(folder: Path, digest: object) -> None:
     """Nothing, if a loaded weights file is the one the run left."""
     found = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     if digest is not None and digest != found:
@@ -194,12 +195,40 @@ def evaluate(
         RunError: the folder holds an evaluation on other images.
         VademecumError: the run or its data, cache or backbone cannot be used.
     """
-    run = read_run(folder)
     setup = setup or load_run(folder, data=data, knowledge=knowledge, device=device)
+    return evaluate_setup(folder, setup, split=split, part=part, resamples=resamples)
+
+
+def evaluate_setup(
+    folder: Path,
+    setup: Setup,
+    *,
+    split: str,
+    part: int | None = None,
+    resamples: int = 2000,
+    name: str | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Evaluates what a setup holds, as `evaluate` does.
+
+    Args:
+        folder: the run folder.
+        setup: a run with its weights.
+        split: of the setup's data.
+        part: so many images, stratified.
+        resamples: of the bootstrap.
+        name: of the folder in `eval/`; the split where None.
+        facts: what `metrics.json` also says.
+
+    Raises:
+        DataError: the backbone was aligned on an image of the split, in the part or not.
+        RunError: the folder holds an evaluation on other images.
+    """
+    run = read_run(folder)
     whole = split_of(setup.source, split, setup.source.dataset)
     if split != "train" and setup.backbone.alignment is not None:
         setup.backbone.alignment.check_disjoint(whole.digests)
-    place = metrics_file(folder, split, part).parent
+    place = metrics_file(folder, name or split, part).parent
     images, drawn = _part_of(whole, part, place)
     _refuse_other_images(place, images)
     cases = setup.cases(images)
@@ -207,6 +236,7 @@ def evaluate(
     predictions = Predictions.of(logits.numpy(), images)
     metrics = measure(predictions.probabilities, predictions.labels, predictions.class_names)
     result: dict[str, Any] = {
+        **(facts or {}),
         "run": run["digest"],
         "weights": run.get("weights"),
         "split": split,

@@ -41,6 +41,11 @@ class Execution:
         """The context in which a tower runs."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    @classmethod
+    def from_json(cls, known: dict[str, Any]) -> "Execution":
+        """What `to_json` gave."""
+        return cls(**{f.name: known[f.name] for f in dataclasses.fields(cls) if f.name in known})
+
     def to_json(self) -> dict[str, Any]:
         """For `run.json`."""
         return dataclasses.asdict(self)
@@ -59,5 +64,7 @@ def recomputed(work: Callable[[], Result]) -> Result:
 
 def executing(backbone: "Backbone", execution: Execution) -> "Backbone":
     """The backbone with towers of its own that run as `execution` says; weights are shared."""
+    if backbone.image.execution == backbone.text.execution == execution:
+        return backbone
     image, text = backbone.image.executing(execution), backbone.text.executing(execution)
     return dataclasses.replace(backbone, image=image, text=text)

@@ -13,6 +13,7 @@ A file whose bytes do not match its name is removed and its pictures are encoded
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -153,10 +154,19 @@ def image_features(
     """
     stores = [open_store(backbone, view, seed) for view in range(views)]
     work = list(_chunks(split, stores))
+    augmented = None
+    if any(view for view, _ in work):
+        augmented = Pictures(split, backbone.preprocess, str(backbone.device))
+
+    def pixels(part: Sequence[int], view: int) -> Float[Tensor, "batch 3 size size"]:
+        if view and augmented is not None:
+            return augmented.show(part, [view] * len(part), seed)
+        return torch.stack([backbone.preprocess(split.image(i)) for i in part])
+
     if work:
         with track("encode images", sum(len(chunk) for _, chunk in work)) as progress:
             for view, chunk in work:
-                values = _encode(backbone, split, chunk, view, seed)
+                values = _encode(backbone, split, chunk, partial(pixels, view=view))
                 stores[view].add(tuple(split.digests[i] for i in chunk), values)
                 progress.advance(len(chunk))
     found = np.empty((len(split), views, backbone.embed_dim), dtype=np.float32)

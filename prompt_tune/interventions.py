@@ -243,7 +243,9 @@ def project(
 ) -> Float[Tensor, "stages rows #batch rank"]:
     """`A h'` of each stage without dropout: nothing of the rows' width is built per image."""
     inner = down @ torch.stack([one.R for one in group])
-    return _mapped(h, down)[:, :, None] + changes(group, h, v) @ inner[:, None].transpose(2, 3)
+    delta = changes(group, h, v)
+    moved = (delta.flatten(1, 2) @ inner.transpose(1, 2)).view_as(delta)
+    return _mapped(h, down)[:, :, None] + moved
 
 
 def project_dropped(

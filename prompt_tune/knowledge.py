@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import MissingKnowledgeError
+from cache.recipe import digest_of
 from cache.registry import suggest
 from cache.store import Block, KnowledgeCache
 from prompt_tune.backbone import Backbone
@@ -35,6 +36,7 @@ class LoadedKnowledge:
         rows: the rows, in label order, None for the control `none`.
         content_id: of the whole cache.
         block_id: of the block the rows came from; unchanged when other blocks are added.
+        block_made: digest of how that block was made: model, question and layers.
         unused: class ids the cache holds and the data does not.
         texts: texts, symptoms and attributes, and the ids of their blocks.
     """
@@ -43,16 +45,18 @@ class LoadedKnowledge:
     content_id: str
     block: str | None
     block_id: str | None
+    block_made: str | None
     unused: tuple[str, ...]
     texts: LoadedTexts
 
 
 class LoadedRows(NamedTuple):
-    """Rows, and the name and id of the block they came from; None without rows."""
+    """Rows, and name, id and making of the block they came from; None without rows."""
 
     rows: KnowledgeRows | None
     block: str | None
     block_id: str | None
+    block_made: str | None
 
 
 def _block(cache_file: KnowledgeCache, spec: KnowledgeSpec, path: Path | str) -> Block:
@@ -143,7 +147,8 @@ def load_rows(
     used = None
     if spec.control != "none":
         used = KnowledgeRows(tuple(_controlled(rows, spec, seed)))
-    return LoadedRows(used, block.name, block.id)
+    made = digest_of([block.kind, dict(block.spec), block.layers, block.width])
+    return LoadedRows(used, block.name, block.id, made)
 
 
 def load_knowledge(
@@ -172,7 +177,7 @@ def load_knowledge(
     """
     alignment = opened.align(dataset, [(c.id, c.name, c.modality) for c in classes])
     ids = [c.id for c in classes]
-    rows = LoadedRows(None, None, None)
+    rows = LoadedRows(None, None, None, None)
     if "rows" in needs:
         rows = load_rows(opened, spec, class_ids=ids, seed=seed)
     texts = load_texts(opened, spec, needs, class_ids=ids, backbone=backbone, seed=seed)
@@ -181,6 +186,7 @@ def load_knowledge(
         opened.content_id,
         rows.block,
         rows.block_id,
+        rows.block_made,
         tuple(c.id for c in alignment.unused),
         texts,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cache.errors import RunError
 from cache.progress import track
-from prompt_tune.cases import Cases
+from prompt_tune.cases import Cases, Feed
 from prompt_tune.checkpoint import TrainState, load_state, save_state
 from prompt_tune.method import Method
 from prompt_tune.recipe import TrainSpec
@@ -152,6 +152,7 @@ def train(
     per_epoch = cases.steps(spec.batch_size)
     total = min(spec.epochs * per_epoch, spec.max_steps or spec.epochs * per_epoch)
     done = min((start_epoch - 1) * per_epoch + start_step, total)
+    feed = Feed(cases)
     seconds, timed = 0.0, 0
     with track("train", total, done) as progress:
         for epoch in range(start_epoch, math.ceil(total / per_epoch) + 1):
@@ -165,8 +166,12 @@ def train(
                 torch.manual_seed(derive_seed(cases.seed, "step", epoch, step))
                 method.train()
                 optimizer.zero_grad(set_to_none=True)
-                loss = method.backward(cases.batch(batches[step], epoch=epoch))
+                if step == first:
+                    batch = feed.batch(batches[step], epoch=epoch)
+                loss = method.backward(batch)
                 optimizer.step()
+                if step + 1 < last:  # made while a GPU still works on this step
+                    batch = feed.batch(batches[step + 1], epoch=epoch)
                 value = loss.double().cpu()
                 if not torch.isfinite(value):
                     what = f"the loss is {float(value)} at epoch {epoch}, step {step + 1}"
@@ -186,7 +191,13 @@ def train(
     history, best = at.notes["history"], at.notes["best_epoch"]
     step_seconds = seconds / timed if timed else None
     kept = f"epoch {best}" if spec.select == "best-val" else f"epoch {len(history)}"
-    return {"history": history, "kept": kept, "step_seconds": step_seconds, "steps": done}
+    return {
+        "history": history,
+        "kept": kept,
+        "step_seconds": step_seconds,
+        "stall_share": feed.waited() / seconds if timed else None,
+        "steps": done,
+    }
 
 
 def _end_of_epoch(

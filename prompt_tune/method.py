@@ -27,6 +27,18 @@ class Batch:
     images: Float[Tensor, "batch 3 height width"] | None = None
     features: Float[Tensor, "batch embed"] | None = None
 
+    @property
+    def pixels(self) -> Float[Tensor, "batch 3 height width"]:
+        """The images, for methods that need them.
+
+        Raises:
+            ValueError: the batch holds none.
+        """
+        if self.images is None:
+            what = "the method needs images, and the batch holds none"
+            raise ValueError(what)
+        return self.images
+
 
 @dataclass(frozen=True)
 class KnowledgeRows:

@@ -179,7 +179,9 @@ def _grouped(folders: Sequence[Path], split: str) -> dict[tuple[str, str], Seede
     runs, recipes = {}, {}
     for folder in folders:
         run = runs[folder] = read_run(folder)
-        recipes[folder] = _without_seeds(run["recipe"])
+        plain = {k: v for k, v in run["recipe"].items() if k != "backbone"}
+        # By its name: where alignment sees a run's own images, every seed has a backbone.
+        recipes[folder] = {"backbone": run["backbone"]["name"], **_without_seeds(plain)}
         key = (str(run["bindings"]["dataset"]), repr(sorted(recipes[folder].items())))
         groups.setdefault(key, []).append(folder)
     labels = _labels([(runs[g[0]], recipes[g[0]]) for g in groups.values()])

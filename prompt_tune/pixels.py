@@ -14,7 +14,7 @@ says is removed, and its pictures are decoded again.
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,7 @@ def _digest(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
     """`image_digest` of decoded pixels."""
     height, width, _ = pixels.shape
     digest = hashlib.sha256(f"{width}x{height}:".encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 
@@ -101,28 +101,32 @@ class PixelStore:
         except (SafetensorError, RuntimeError, ValueError):
             path.unlink(missing_ok=True)
 
-    def get(self, digest: str) -> Picture | None:
-        """The picture of that digest, mapped from disk, or None; a damaged file is removed."""
-        if digest not in self._found:
-            return None
-        path, pixels = self._found[digest]
-        if digest not in self._sound and _digest(pixels.numpy()) != digest:
-            path.unlink(missing_ok=True)
-            self._found = {k: v for k, v in self._found.items() if v[0] != path}
-            return None
-        self._sound.add(digest)
-        return pixels
+    def verify(self, digests: Iterable[str]) -> None:
+        """Reads some pictures; a file where one is another than its digest says is removed."""
+        for digest in digests:
+            if digest in self._sound or digest not in self._found:
+                continue
+            path, pixels = self._found[digest]
+            if _digest(pixels.numpy()) == digest:
+                self._sound.add(digest)
+            else:
+                path.unlink(missing_ok=True)
+                self._found = {k: v for k, v in self._found.items() if v[0] != path}
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._found
 
     def __getitem__(self, digest: str) -> Picture:
-        """The picture of that digest.
+        """The picture of that digest, mapped from disk.
 
         Raises:
             StorageError: it is not there.
         """
-        if (pixels := self.get(digest)) is None:
+        self.verify([digest])
+        if digest not in self:
             what = "a decoded picture cannot be read back"
             raise StorageError(what, where=self.folder, do="Check the disk.")
-        return pixels
+        return self._found[digest][1]
 
     def add(self, pictures: Mapping[str, UInt8[np.ndarray, "height width 3"]]) -> None:
         """Keeps some pictures, whole or not at all.
@@ -168,7 +172,8 @@ def stored_pictures(split: ImageSplit) -> list[Picture]:
     """
     store = PixelStore(user_cache() / "features" / "pixels" / str(VERSION))
     first = {digest: i for i, digest in reversed(list(enumerate(split.digests)))}
-    lacking = sorted(i for digest, i in first.items() if store.get(digest) is None)
+    store.verify(first)
+    lacking = sorted(i for digest, i in first.items() if digest not in store)
     if lacking:
         with track("decode images", len(lacking)) as progress:
             for chunk in _decoded(split, lacking):

@@ -20,6 +20,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from prompt_tune.execution import executing
 from prompt_tune.schedule import averaged_constant, epoch_weights
 from prompt_tune.setup import Setup
 
@@ -46,5 +47,6 @@ def averaged_backbone(setup: Setup) -> Setup:
             tensor.copy_(averaged_constant(tensor, weights))
     backbone = setup.backbone.with_model(model, note="published averaging")
     method = copy.copy(setup.method)
-    method.backbone = backbone
+    usual = setup.method.backbone.image
+    method.backbone = executing(backbone.zeroing(usual.zeroed), usual.execution)
     return dataclasses.replace(setup, backbone=backbone, method=method)

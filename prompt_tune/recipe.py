@@ -87,6 +87,14 @@ class TrainSpec(RecipePart):
     """Also save every so many steps inside an epoch; every epoch is always saved."""
     max_steps: Positive | None = None
     """Stop early after so many steps: a smoke run, not a result."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the frozen towers' matrix products, in training and evaluation: `bf16` is autocast. All
+    else, parameters and logits among it, stays fp32."""
+    max_gb: Annotated[float, Field(gt=0)] | None = None
+    """What a step may keep for its backward; null is most of what is free when the run starts.
+    Beyond it classes are taken in chunks, then image blocks computed again."""
+    compile: bool = False
+    """Compile the part of every block behind the attention."""
 
     @model_validator(mode="after")
     def _one_selection(self) -> "TrainSpec":

@@ -15,6 +15,7 @@ from prompt_tune.backbone import Backbone, BackboneSpec
 from prompt_tune.cases import Cases
 from prompt_tune.data.few_shot import SampleList, few_shot
 from prompt_tune.data.source import DataSource, ImageSplit
+from prompt_tune.execution import Execution, executing
 from prompt_tune.knowledge import LoadedKnowledge, load_knowledge
 from prompt_tune.method import Method, Problem
 from prompt_tune.recipe import SampleSpec, TuneRecipe
@@ -24,6 +25,9 @@ from prompt_tune.shelf import Shelf
 LATER = {
     "classes": None,
     "train.optimizer": "sgd",
+    "train.precision": "fp32",
+    "train.max_gb": None,
+    "train.compile": False,
     "knowledge.texts": "descriptions",
     "knowledge.symptoms": "symptoms",
     "knowledge.attributes": "attributes",
@@ -70,7 +74,7 @@ class Setup:
         """A split as this run's method reads it."""
         return Cases(
             split,
-            self.method.backbone,
+            executing(self.method.backbone, Execution()),  # features are kept in full precision
             pixels=self.method.reads_images,
             views=self.recipe.train.views if training else 1,
             seed=self.recipe.seed,
@@ -162,9 +166,14 @@ def _refuse_leaks(
     record.check_within(splits["train"].digests, dataset=source.dataset, classes=classes)
 
 
-def _knowledge(
+def knowledge_of(
     recipe: TuneRecipe, source: DataSource, path: Path | None, shelf: Shelf, backbone: Backbone
 ) -> LoadedKnowledge | None:
+    """What the recipe's method reads of a cache about the classes of `source`; None if nothing.
+
+    Raises:
+        MissingKnowledgeError: no cache, or it lacks something.
+    """
     needs = recipe.method_class().needed(recipe.method_config(where="recipe"))
     if not needs:
         return None
@@ -180,6 +189,35 @@ def _knowledge(
         needs=needs,
         backbone=backbone,
     )
+
+
+def problem_of(
+    recipe: TuneRecipe,
+    source: DataSource,
+    backbone: Backbone,
+    loaded: LoadedKnowledge | None,
+    train_labels: torch.Tensor | None,
+) -> Problem:
+    """What a method of this recipe may read about the classes of `source`."""
+    execution = Execution(recipe.train.precision, compiled=recipe.train.compile)
+    return Problem(
+        backbone=executing(backbone, execution),
+        class_names=tuple(c.name for c in source.classes),
+        template=source.template,
+        templates=source.templates,
+        rows=loaded.rows if loaded else None,
+        texts=loaded.texts.texts if loaded else None,
+        symptoms=loaded.texts.symptoms if loaded else None,
+        attributes=loaded.texts.attributes if loaded else None,
+        train_labels=train_labels,
+        seed=recipe.seed,
+    )
+
+
+def built(recipe: TuneRecipe, problem: Problem) -> Method:
+    """The recipe's method with its initial values, in eval mode."""
+    torch.manual_seed(derive_seed(recipe.seed, "init"))
+    return recipe.method_class()(recipe.method_config(where="recipe"), problem).eval()
 
 
 def prepare(
@@ -214,22 +252,10 @@ def prepare(
     tower = shelf.backbone(backbone or recipe.backbone, where)
     if tower.alignment is not None:
         _refuse_leaks(tower.alignment, source, splits)
-    loaded = _knowledge(recipe, source, knowledge, shelf, tower)
-    problem = Problem(
-        backbone=tower,
-        class_names=tuple(c.name for c in source.classes),
-        template=source.template,
-        templates=source.templates,
-        rows=loaded.rows if loaded else None,
-        texts=loaded.texts.texts if loaded else None,
-        symptoms=loaded.texts.symptoms if loaded else None,
-        attributes=loaded.texts.attributes if loaded else None,
-        train_labels=torch.from_numpy(splits["train"].labels).long(),
-        seed=recipe.seed,
-    )
-    torch.manual_seed(derive_seed(recipe.seed, "init"))
-    method_class = recipe.method_class()
-    method = method_class(recipe.method_config(where="recipe"), problem).to(where).eval()
+    loaded = knowledge_of(recipe, source, knowledge, shelf, tower)
+    labels = torch.from_numpy(splits["train"].labels).long()
+    problem = problem_of(recipe, source, tower, loaded, labels)
+    method = built(recipe, problem).to(where)
     bindings: dict[str, Any] = {
         "dataset": source.dataset,
         "classes": [{"id": c.id, "name": c.name} for c in source.classes],
@@ -241,6 +267,7 @@ def prepare(
         bindings["cache"] = {
             "content_id": loaded.content_id,
             **({"block": loaded.block, "block_id": loaded.block_id} if loaded.block else {}),
+            **({"block_made": loaded.block_made} if loaded.block else {}),
             **({"texts": loaded.texts.blocks} if loaded.texts.blocks else {}),
             "unused_classes": list(loaded.unused),
         }

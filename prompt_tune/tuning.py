@@ -13,9 +13,12 @@ import torch
 
 from cache.durable import storage_errors, write_atomic
 from cache.errors import RunError
+from cache.progress import say
 from prompt_tune import figures
 from prompt_tune.checkpoint import FORMAT, RUN, STATE, WEIGHTS, read_run, write_json
+from prompt_tune.execution import Execution, executing
 from prompt_tune.loop import train
+from prompt_tune.memory import planned
 from prompt_tune.method import Method
 from prompt_tune.published import averaged_backbone
 from prompt_tune.recipe import TuneRecipe
@@ -72,6 +75,19 @@ def selection_rule(recipe: TuneRecipe) -> str:
     return f"the last epoch{averaged}"
 
 
+def _execution(setup: Setup, earlier: Mapping[str, Any]) -> Execution:
+    """How steps run: as in the unfinished run they continue, or as fits in memory."""
+    method, spec = setup.method, setup.recipe.train
+    usual = method.backbone.image.execution
+    if method.fitted_by != "gradient":
+        return usual
+    if (known := earlier.get("execution")) is not None:
+        return Execution.from_json(known)
+    chosen = planned(method, min(spec.batch_size, len(setup.train)), max_gb=spec.max_gb)
+    say(chosen.describe())
+    return chosen.execution
+
+
 def _fit(setup: Setup, out: Path, digest: str) -> Mapping[str, Any]:
     method, spec = setup.method, setup.recipe.train
     cases = setup.cases(setup.train, training=method.fitted_by == "gradient")
@@ -117,6 +133,7 @@ def tune(
         shelf=shelf,
     )
     digest = binding_digest(recipe, setup.bindings)
+    earlier: Mapping[str, Any] = {}
     if overwrite:
         clear(out)
     elif (out / RUN).is_file():
@@ -126,6 +143,8 @@ def tune(
             raise RunError(what, where=out, do="Choose another --out, or pass --overwrite.")
         if run.get("status") == "finished":
             return RunResult(out, run, None)
+        earlier = run
+    execution = _execution(setup, earlier)
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     setup.save_samples(out / SAMPLES)
@@ -139,11 +158,15 @@ def tune(
         "parameters": parameter_counts(setup.method),
         "selection": selection_rule(recipe),
         "smoke": recipe.train.max_steps is not None,
+        "execution": execution.to_json(),
         "versions": versions(),
         "local": _local(recipe, data, knowledge),
     }
     write_json(out / RUN, run)
+    usual, method = setup.method.backbone, setup.method
+    method.backbone = executing(usual, execution)
     run["training"] = dict(_fit(setup, out, digest))
+    method.backbone = usual
     if recipe.train.average == "published":
         setup = averaged_backbone(setup)
     tensors = {n: p.detach().cpu().contiguous() for n, p in setup.method.trainable().items()}

@@ -29,12 +29,20 @@ def class_table(
             if numbers.setdefault(name, k) != k:
                 what = f"two classes answer to the label {name!r}"
                 raise DataError(what, where=place, do="Give them different `label`s.")
-    if not found.numbered:  # a folder `Basal_cell` is the class `basal-cell`
-        alike = {slug(c.id): k for k, c in enumerate(declared) if c.label is None}
-        for label, _ in found.names:
-            if slug(label) in alike:
-                numbers.setdefault(label, alike[slug(label)])
+    if not found.numbered:
+        for label, k in _alike(found, declared).items():
+            numbers.setdefault(label, k)
     return classes, numbers
+
+
+def _alike(found: Found, declared: tuple[DeclaredClass, ...]) -> dict[str, int]:
+    """Labels that are one class's id or name but for case, `_` and the like: `Basal_cell`."""
+    known: dict[str, set[int]] = {}
+    for k, c in enumerate(declared):
+        for told in (c.id, c.name) if c.label is None else ():
+            known.setdefault(slug(told), set()).add(k)
+    fitting = ((label, known.get(slug(label), set())) for label, _ in found.names)
+    return {label: min(ks) for label, ks in fitting if len(ks) == 1}
 
 
 def _inferred(found: Found, place: str) -> tuple[DeclaredClass, ...]:

@@ -17,6 +17,10 @@ ALIASES = {
 }
 
 Slug = Annotated[str, Field(pattern=rf"^{SLUG.pattern}$")]
+SplitName = Literal["train", "val", "test"]
+Count = Annotated[int, Field(ge=1)]
+FileDigest = Annotated[str, Field(pattern=r"^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})$")]
+PLACES = ("path", "asset", "hub")
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -65,40 +69,64 @@ class Columns(RecipePart):
     patient: str | None = None
 
 
-class DataDeclaration(RecipePart):
-    """A data set, written by hand or inferred from a path.
+class Expected(RecipePart):
+    """What the data are known to be, checked by `data check`, and on loading where `strict`.
+
+    Attributes:
+        images: of each split how many, or how many of each class in label order.
+        files: `md5:` or `sha256:` and the digest of a file by its name; looked up by the name of
+            the archive, table or split file that is loaded.
+        strict: data that differ are refused.
+    """
+
+    images: dict[SplitName, Count | tuple[Annotated[int, Field(ge=0)], ...]] = Field(
+        default_factory=dict
+    )
+    files: dict[str, FileDigest] = Field(default_factory=dict)
+    strict: bool = False
+
+
+class DataFacts(RecipePart):
+    """What is true of a data set wherever its files lie: what a preset says.
 
     Attributes:
         dataset: id of the data set.
         layout: how the files are arranged; inferred from the path where absent.
-        path: file or folder, relative to the declaration; or
-        asset: name of an embedded asset; or
-        hub: a Hugging Face data set id, with `revision`.
-        images: folder that the paths in a table or split file are relative to, itself relative to
-            the declaration; by default the folder of that file.
+        asset: name of an embedded asset that holds it.
+        modality: of all classes that name none of their own.
+        organ: what the images show, in words.
         classes: the classes in label order; inferred where the layout names them.
+        template: the caption of one class.
+        templates: the captions of a prompt ensemble.
         splits: what the files call train, val and test.
         divide: how to make splits that the data do not have.
         overlap: whether one patient or one file may stand in two splits.
+        expected: what the data are known to be.
+        source: where the data come from.
+        licence: theirs; `unconfirmed` where nobody has looked it up.
+        used_by: the papers or collections whose data set this is.
+        unsupported: why it cannot be used here.
+        notes: what else is known, and what is not.
     """
 
     dataset: Slug
     layout: str | None = None
-    path: str | None = None
     asset: str | None = None
-    hub: str | None = None
-    revision: str | None = None
-    images: str | None = None
     modality: str | None = None
+    organ: str | None = None
     classes: tuple[DeclaredClass, ...] = ()
     template: str = "a photo of a {}."
     templates: tuple[str, ...] = ()
-    splits: dict[Literal["train", "val", "test"], str] = Field(default_factory=dict)
+    splits: dict[SplitName, str] = Field(default_factory=dict)
     columns: Columns = Columns()
     divide: Divide | None = None
     overlap: Literal["refuse", "allow"] = "refuse"
+    expected: Expected = Expected()
     source: str = ""
     licence: str = ""
+    used_by: tuple[str, ...] = ()
+    unsupported: str | None = None
+    notes: tuple[str, ...] = ()
 
     @field_validator("template", "templates")
     @classmethod
@@ -114,11 +142,7 @@ class DataDeclaration(RecipePart):
         return value
 
     @model_validator(mode="after")
-    def _one_place(self) -> "DataDeclaration":
-        given = [k for k in ("path", "asset", "hub") if getattr(self, k) is not None]
-        if len(given) != 1:
-            what = f"give exactly one of path, asset and hub, not {' and '.join(given) or 'none'}"
-            raise ValueError(what)
+    def _each_class_once(self) -> "DataFacts":
         for what, values in (
             ("class id", [c.id for c in self.classes]),
             ("class name", [c.name for c in self.classes]),
@@ -127,4 +151,40 @@ class DataDeclaration(RecipePart):
             if twice is not None:
                 fault = f"the {what} {twice!r} stands twice"
                 raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
+    def _counts_are_of_the_classes(self) -> "DataFacts":
+        for name, counts in self.expected.images.items():
+            if isinstance(counts, tuple) and len(counts) != len(self.classes):
+                what = f"expected.images.{name} has {len(counts)} counts, and there are "
+                raise ValueError(f"{what}{len(self.classes)} classes")
+        return self
+
+
+class DataDeclaration(DataFacts):
+    """A data set and where it lies, written by hand or inferred from a path.
+
+    In a file, `preset: NAME` stands for everything that preset says; other keys replace its keys.
+    With a place of the file's own the layout is that of the place, and with classes of its own
+    nothing is expected of the data.
+
+    Attributes:
+        path: file or folder, relative to the declaration; or `asset`; or
+        hub: a Hugging Face data set id, with `revision`.
+        images: folder that the paths in a table or split file are relative to, itself relative to
+            the declaration; by default the folder of that file.
+    """
+
+    path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
+    images: str | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "DataDeclaration":
+        given = [k for k in PLACES if getattr(self, k) is not None]
+        if len(given) != 1:
+            what = f"give exactly one of path, asset and hub, not {' and '.join(given) or 'none'}"
+            raise ValueError(what)
         return self

@@ -83,9 +83,17 @@ class ImageSplit:
         Raises:
             DataError: missing, damaged, or of more than 8 bits per channel.
         """
+        return self.image_and_mode(index)[0]
+
+    def image_and_mode(self, index: int) -> tuple[Image, str]:
+        """Case `index` as an RGB image, and the mode its file has.
+
+        Raises:
+            DataError: missing, damaged, or of more than 8 bits per channel.
+        """
         try:
             image = self.rows[int(self.at[index])]["image"]
-            return _rgb(image, self.files[index])
+            return _rgb(image, self.files[index]), str(image.mode)
         except FileNotFoundError as error:
             what = "the image is missing"
             raise DataError(what, where=self.files[index]) from error

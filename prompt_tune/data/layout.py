@@ -28,6 +28,7 @@ class Part:
         files: what a message calls each image.
         keys: a stable name of each image, free of the folder it lies in.
         patients: the patient of each image where known.
+        missing: those of `files` that are not there.
     """
 
     rows: Any
@@ -35,6 +36,7 @@ class Part:
     files: tuple[str, ...]
     keys: tuple[str, ...]
     patients: tuple[str | None, ...]
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,20 +116,9 @@ def file_part(
     names: Sequence[str],
     labels: Sequence[str],
     patients: Sequence[str | None] | None = None,
-    *,
-    where: object,
 ) -> Part:
-    """Image files under `root` as a part, each checked to exist.
-
-    Raises:
-        DataError: a file is missing.
-    """
+    """Image files under `root` as a part; those that are not there are noted."""
     paths = [root / name for name in names]
-    for path in paths:
-        if not path.is_file():
-            do = f"Paths are relative to {root}; declare `images` to change that."
-            what = f"the image {path} is missing"
-            raise DataError(what, where=where, do=do)
     files = tuple(str(p) for p in paths)
     return Part(
         rows=file_rows(paths),
@@ -135,6 +126,7 @@ def file_part(
         files=files,
         keys=tuple(names),
         patients=tuple(patients) if patients is not None else (None,) * len(files),
+        missing=tuple(str(p) for p in paths if not p.is_file()),
     )
 
 

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError
-from cache.recipe import load_recipe, validate
+from cache.recipe import load_recipe, read_yaml, validate
 from cache.registry import suggest
 from prompt_tune.data.classes import class_table
-from prompt_tune.data.declaration import DataDeclaration, slug
+from prompt_tune.data.declaration import PLACES, DataDeclaration, DataFacts, slug
+from prompt_tune.data.expected import refuse_unexpected
 from prompt_tune.data.images import DataClass, ImageSplit
-from prompt_tune.data.layout import LAYOUTS, layout_for, layout_named
+from prompt_tune.data.layout import LAYOUTS, Found, image_root, layout_for, layout_named
 from prompt_tune.data.splits import SPLITS, pieces_of, refuse_gaps, refuse_overlap, split_of
 
-__all__ = ["DataClass", "DataSource", "ImageSplit", "load_data", "presets"]
+__all__ = ["DataClass", "DataSource", "ImageSplit", "load_data", "preset", "presets"]
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -56,6 +57,11 @@ class DataSource:
             raise DataError(what, where=self.dataset, do=do)
         return self.splits[split]
 
+    @property
+    def class_ids(self) -> tuple[str, ...]:
+        """In label order."""
+        return tuple(c.id for c in self.classes)
+
     def ordered(self, class_ids: Sequence[str]) -> list[str]:
         """Class ids in label order, unknown ones first."""
         known = {c.id: k for k, c in enumerate(self.classes)}
@@ -84,6 +90,43 @@ class DataSource:
         return replace(self, classes=tuple(self.classes[k] for k in labels), splits=splits)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What a declaration and its files say, before anything is refused.
+
+    Attributes:
+        declaration: with the preset it names, if any.
+        place: the path or hub id of the data.
+        found: what the layout found there.
+        root: the folder that listed paths are relative to.
+    """
+
+    declaration: DataDeclaration
+    place: str
+    found: Found
+    root: Path
+
+
+def open_data(spec: str | Path) -> Opened:
+    """Reads where the images at `spec` are and how they are labelled, and none of the images.
+
+    Raises:
+        RecipeError: the declaration is wrong.
+        DataError: there is nothing, or it cannot be read.
+    """
+    declaration, base = _declared(spec)
+    if declaration.unsupported is not None:
+        what = f"this data set cannot be used here: {declaration.unsupported}"
+        raise DataError(what, where=declaration.dataset)
+    place = _place(declaration, base)
+    layout = declaration.layout
+    if layout is None:
+        layout = "hub" if declaration.hub is not None else layout_for(Path(place))
+    declaration = _rooted(declaration, layout, base)
+    found = layout_named(layout).read(place, declaration)
+    return Opened(declaration, place, found, image_root(Path(place), declaration))
+
+
 def load_data(spec: str | Path) -> DataSource:
     """The data at `spec`: a declaration (.yaml), a bare path, `hub:ID[@REVISION]`, or a preset.
 
@@ -94,15 +137,11 @@ def load_data(spec: str | Path) -> DataSource:
         RecipeError: the declaration is wrong.
         DataError: the data are.
     """
-    declaration, base = _declared(spec)
-    place = _place(declaration, base)
-    layout = declaration.layout
-    if layout is None:
-        layout = "hub" if declaration.hub is not None else layout_for(Path(place))
-    declaration = _rooted(declaration, layout, base)
-    found = layout_named(layout).read(place, declaration)
-    classes, numbers = class_table(found, declaration, place)
-    parts, notes = pieces_of(found, declaration, place)
+    opened = open_data(spec)
+    declaration, place = opened.declaration, opened.place
+    _refuse_missing(opened)
+    classes, numbers = class_table(opened.found, declaration, place)
+    parts, notes = pieces_of(opened.found, declaration, place)
     splits = {
         name: split_of(name, part, classes, numbers, place)
         for name, part in sorted(parts.items(), key=lambda item: SPLITS.index(item[0]))
@@ -110,6 +149,8 @@ def load_data(spec: str | Path) -> DataSource:
     refuse_gaps(splits, classes, place)
     if declaration.overlap == "refuse":
         refuse_overlap(parts, place)
+    if declaration.expected.strict:
+        refuse_unexpected(declaration, splits, place)
     return DataSource(
         dataset=declaration.dataset,
         classes=classes,
@@ -120,6 +161,15 @@ def load_data(spec: str | Path) -> DataSource:
         licence=declaration.licence,
         notes=notes,
     )
+
+
+def _refuse_missing(opened: Opened) -> None:
+    missing = [path for part in opened.found.parts.values() for path in part.missing]
+    if missing:
+        what = f"the image {missing[0]} is missing"
+        found = f"{len(missing)} missing" if len(missing) > 1 else None
+        do = f"Paths are relative to {opened.root}; declare `images` to change that."
+        raise DataError(what, where=opened.place, found=found, do=do)
 
 
 def _rooted(declaration: DataDeclaration, layout: str, base: Path) -> DataDeclaration:
@@ -156,7 +206,7 @@ def _declared(spec: str | Path) -> tuple[DataDeclaration, Path]:
         data: dict[str, Any] = {"hub": name, "revision": revision or None}
         return _inferred(name.rpartition("/")[2], data, text), Path()
     if path.suffix.lower() in (".yaml", ".yml"):
-        return load_recipe(DataDeclaration, path), path.parent
+        return _from_file(path), path.parent
     if path.exists():
         stem = path.resolve().name if path.is_dir() else path.stem
         preset = stem.partition("_")[0]
@@ -165,15 +215,58 @@ def _declared(spec: str | Path) -> tuple[DataDeclaration, Path]:
                 what = "an npz archive does not say what its classes are called"
                 do = "Write a declaration with `path` and `classes` and give that."
                 raise DataError(what, where=path, do=do)
-            known = load_recipe(DataDeclaration, PRESETS / f"{preset}.yaml")
-            update = {"asset": None, "path": str(path)}
-            return known.model_copy(update=update), Path()
+            written = _with_preset({"preset": preset, "path": str(path)}, path)
+            return validate(DataDeclaration, written, where=path), Path()
         return _inferred(stem, {"path": str(path)}, text), Path()
     if text in presets():
-        return load_recipe(DataDeclaration, PRESETS / f"{text}.yaml"), PRESETS
+        return _preset_alone(text), PRESETS
     do = f"Check the path, or use a preset. {suggest(text, presets())}"
     what = "no such file, folder or preset"
     raise DataError(what, where=text, do=do)
+
+
+def preset(name: str) -> DataFacts:
+    """What the packaged preset of that name says.
+
+    Raises:
+        DataError: no such preset; the nearest is named.
+    """
+    if name not in presets():
+        what = "no such preset of data"
+        raise DataError(what, where=name, do=suggest(name, presets()))
+    return load_recipe(DataFacts, PRESETS / f"{name}.yaml")
+
+
+def _preset_alone(name: str) -> DataDeclaration:
+    facts = preset(name)
+    if facts.asset is None and facts.unsupported is None:
+        what = "this preset says what the images are, not where they lie"
+        do = f"Give a YAML file with `preset: {name}` and `path: ...`."
+        raise DataError(what, where=name, do=do)
+    place = {} if facts.asset else {"path": ""}
+    return validate(DataDeclaration, facts.model_dump(mode="json") | place, where=name)
+
+
+def _with_preset(written: dict[str, Any], where: object) -> dict[str, Any]:
+    """The keys of a declaration together with those of the preset it names."""
+    name = written.pop("preset")
+    try:
+        known = preset(str(name)).model_dump(mode="json", exclude_unset=True)
+    except DataError as error:
+        raise DataError(str(error), where=where) from error
+    if any(key in written for key in PLACES):
+        for key in ("layout", "asset"):
+            known.pop(key, None)
+    if "classes" in written:
+        known.pop("expected", None)
+    return known | written
+
+
+def _from_file(path: Path) -> DataDeclaration:
+    written = read_yaml(path)
+    if isinstance(written, dict) and "preset" in written:
+        written = _with_preset(dict(written), path)
+    return validate(DataDeclaration, written, where=path)
 
 
 def _inferred(name: str, data: dict[str, Any], where: str) -> DataDeclaration:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from cache.errors import ModelError
+from prompt_tune.towers.frozen import linear, low
 from prompt_tune.towers.layout import END
 from prompt_tune.towers.parts import Stream
 from prompt_tune.towers.text import Outputs, TextTower, padded
@@ -25,24 +26,34 @@ class BertBlock:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.heads = int(layer.attention.self.num_attention_heads)
+        self.hidden = int(layer.intermediate.dense.out_features)
         self.norm: nn.LayerNorm | None = None
 
     def query(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
         """Query projection."""
-        return self.layer.attention.self.query(entered)
+        return linear(entered, self.layer.attention.self.query)
 
     def key_value(
         self, entered: Float[Tensor, "b n w"], *, bias: bool = True
     ) -> Float[Tensor, "b n 2w"]:
         """Key projection, then value projection, with or without their biases."""
         both = self.layer.attention.self.key, self.layer.attention.self.value
-        pair = [F.linear(entered, one.weight, one.bias if bias else None) for one in both]
+        pair = [F.linear(entered, low(one.weight), low(one.bias) if bias else None) for one in both]
         return torch.cat(pair, dim=-1)
 
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
-        x = self.layer.attention.output(attended, x)
-        return self.layer.output(self.layer.intermediate(x), x)
+        return self.closing(self.layer, x, attended)
+
+    @staticmethod
+    def closing(
+        layer: Any, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]
+    ) -> Float[Tensor, "b n w"]:
+        """The same of any block's module."""
+        first, second, inner = layer.attention.output, layer.output, layer.intermediate
+        x = first.LayerNorm(linear(attended, first.dense) + x)
+        hidden = inner.intermediate_act_fn(linear(x, inner.dense))
+        return second.LayerNorm(linear(hidden, second.dense) + x)
 
 
 class BertTextTower(TextTower):

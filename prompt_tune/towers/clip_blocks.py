@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cache.errors import ModelError
+from prompt_tune.towers.frozen import linear, low
 
 _QUICK = 1.702
 
@@ -53,6 +54,7 @@ class ClipBlock:
     def __init__(self, block: Any) -> None:
         self.block = block
         self.heads = int(block.attn.num_heads)
+        self.hidden = int(block.mlp.c_fc.out_features)
         self.norm: nn.LayerNorm | None = block.ln_1
 
     def query(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
@@ -67,25 +69,29 @@ class ClipBlock:
 
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
-        x = x + self.block.ls_1(self.block.attn.out_proj(attended))
-        return x + self.block.ls_2(self._mlp(self.block.ln_2(x)))
+        return self.closing(self.block, x, attended)
 
-    def _mlp(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
-        mlp = self.block.mlp
-        if type(mlp.gelu) is not QuickGELU:
+    @staticmethod
+    def closing(
+        block: Any, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]
+    ) -> Float[Tensor, "b n w"]:
+        """The same of any block's module."""
+        x = x + block.ls_1(linear(attended, block.attn.out_proj))
+        return x + block.ls_2(ClipBlock._mlp(block.mlp, block.ln_2(x)))
+
+    @staticmethod
+    def _mlp(mlp: Any, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
+        if type(mlp.gelu) is not QuickGELU or torch.compiler.is_compiling():
             return mlp(x)
         first, second = mlp.c_fc, mlp.c_proj
-        weights = (first.weight, first.bias, second.weight, second.bias)
-        if torch.is_autocast_enabled(x.device.type):
-            low = torch.get_autocast_dtype(x.device.type)
-            x, *weights = (t.to(low) for t in (x, *weights))
-        out: Tensor = _QuickMlp.apply(x, *weights)
+        weights = [low(w) for w in (first.weight, first.bias, second.weight, second.bias)]
+        out: Tensor = _QuickMlp.apply(x.to(weights[0].dtype), *weights)
         return out
 
     def _project(self, x: Tensor, rows: slice, *, bias: bool = True) -> Tensor:
         attention = self.block.attn
-        added = attention.in_proj_bias if bias else None
-        return F.linear(x, attention.in_proj_weight[rows], None if added is None else added[rows])
+        added = low(attention.in_proj_bias)[rows] if bias else None
+        return F.linear(x, low(attention.in_proj_weight)[rows], added)
 
 
 def clip_blocks(transformer: nn.Module, tower: str) -> Sequence[ClipBlock]:

@@ -1,6 +1,7 @@
 """A frozen image tower with optional learnable prompts in front of its blocks."""
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
@@ -38,7 +39,8 @@ class ImageTower(ABC):
     zeroed = 0
 
     def __init__(self, module: nn.Module, image_size: int | Sequence[int]) -> None:
-        self.module = module.eval().requires_grad_(requires_grad=False)
+        frozen = module.eval().requires_grad_(requires_grad=False)
+        self.module = frozen.to(memory_format=torch.channels_last)  # the patch embedding is faster
         size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
         if len(set(size)) != 1:
             raise ModelError(
@@ -50,9 +52,16 @@ class ImageTower(ABC):
 
     def executing(self, execution: Execution) -> Self:
         """A tower of the same weights that runs as `execution` says."""
+        own = self.own
         other = copy.copy(self)
         other.execution = execution
+        other.blocks = live.compiled(own) if execution.compiled else own
         return other
+
+    @functools.cached_property
+    def own(self) -> Sequence[live.Block]:
+        """The blocks as they are."""
+        return self.blocks
 
     def zeroing(self, patches: int) -> Self:
         """A tower of the same weights whose first patches are zero vectors before every block.
@@ -105,7 +114,7 @@ class ImageTower(ABC):
             return self._encode(images, prompts).to(self.dtype)
 
     def _encode(self, images: Tensor, prompts: Sequence[Tensor]) -> Float[Tensor, "batch embed"]:
-        x = self._embed(images.to(self.dtype))
+        x = self._embed(images.to(self.dtype, memory_format=torch.channels_last))
         inputs = [Stream(x, self._parts(x.shape[1]))]
         replaced: list[list[Stream]] = [[] for _ in self.blocks]
         if self.zeroed:
@@ -153,6 +162,11 @@ class ImageTower(ABC):
 
     def _prefix_sizes(self) -> tuple[int, ...]:
         return (1,)
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Patches and what stands before them."""
 
     @abstractmethod
     def _embed(self, images: Tensor) -> Float[Tensor, "batch length width"]:

@@ -154,7 +154,7 @@ class PromptLayout:
         )
 
     def chunks(self, size: int) -> list[tuple["PromptLayout", slice, slice]]:
-        """Layouts of at most `size` classes each; which classes, and which middle rows, they are."""
+        """Layouts of at most `size` classes each, with their classes and their middle rows."""
         if size not in self._chunks:
             middle = self.parts.get("middle")
             ends = [0]

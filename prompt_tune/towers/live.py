@@ -11,9 +11,10 @@ once, what depends only on the class once per class, and rows of low rank stay c
 output of theirs is needed. The result, gradients included, is that of the full computation.
 """
 
+import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,10 +31,12 @@ Rows = Stream | LowRank
 class Block(Protocol):
     """One frozen transformer block, taken apart.
 
-    `norm` is the LayerNorm through which queries, keys and values see the input, if they do.
+    `hidden` is the width of the MLP's inner layer; `norm` is the LayerNorm through which queries,
+    keys and values see the input, if they do.
     """
 
     heads: int
+    hidden: int
     norm: nn.LayerNorm | None
 
     def query(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
@@ -46,6 +49,22 @@ class Block(Protocol):
 
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
+
+    @staticmethod
+    def closing(block: Any, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
+        """The same of any block's module."""
+
+
+OfBlock = TypeVar("OfBlock", bound=Block)
+
+
+def compiled(blocks: Sequence[OfBlock]) -> list[OfBlock]:
+    """The same blocks, closed by code that is compiled once for all of them."""
+    closing = torch.compile(blocks[0].closing)
+    others = [copy.copy(block) for block in blocks]
+    for other in others:
+        other.closing = closing  # type: ignore[method-assign]
+    return others
 
 
 _Masks = dict[tuple[tuple[str, ...], tuple[str, ...]], Bool[Tensor, "c n m"] | None]

@@ -1,6 +1,7 @@
 """A frozen text tower: plain texts, or prompts with learnable parts through the live engine."""
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -46,9 +47,16 @@ class TextTower(ABC):
 
     def executing(self, execution: Execution) -> Self:
         """A tower of the same weights that runs as `execution` says."""
+        own = self.own
         other = copy.copy(self)
         other.execution = execution
+        other.blocks = live.compiled(own) if execution.compiled else own
         return other
+
+    @functools.cached_property
+    def own(self) -> Sequence[live.Block]:
+        """The blocks as they are."""
+        return self.blocks
 
     @property
     def depth(self) -> int:
@@ -75,7 +83,6 @@ class TextTower(ABC):
         index = torch.tensor(list(ids), dtype=torch.long, device=self.device)
         return self._table()(index)
 
-    @torch.no_grad()
     def encode_texts(
         self, texts: Sequence[str], *, batch_size: int = 64
     ) -> Float[Tensor, "n embed"]:

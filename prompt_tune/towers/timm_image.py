@@ -5,11 +5,12 @@ from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from cache.errors import ModelError
+from prompt_tune.towers.frozen import linear, low
 from prompt_tune.towers.image import CLASS, PATCHES, REGISTERS, ImageTower
 
 
@@ -19,6 +20,7 @@ class TimmBlock:
     def __init__(self, block: Any) -> None:
         self.block = block
         self.heads = int(block.attn.num_heads)
+        self.hidden = int(block.mlp.fc1.out_features)
         self.norm: nn.LayerNorm | None = block.norm1
 
     def query(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
@@ -33,14 +35,26 @@ class TimmBlock:
 
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
-        attention = self.block.attn
-        x = x + self.block.ls1(attention.proj(attention.norm(attended)))
-        return x + self.block.ls2(self.block.mlp(self.block.norm2(x)))
+        return self.closing(self.block, x, attended)
+
+    @staticmethod
+    def closing(
+        block: Any, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]
+    ) -> Float[Tensor, "b n w"]:
+        """The same of any block's module."""
+        x = x + block.ls1(linear(block.attn.norm(attended), block.attn.proj))
+        return x + block.ls2(TimmBlock._mlp(block.mlp, block.norm2(x)))
+
+    @staticmethod
+    def _mlp(mlp: Any, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
+        if type(mlp) is not Mlp or type(mlp.fc1) is not nn.Linear:
+            return mlp(x)
+        return linear(mlp.norm(mlp.act(linear(x, mlp.fc1))), mlp.fc2)
 
     def _project(self, x: Tensor, rows: slice, *, bias: bool = True) -> Tensor:
-        linear = self.block.attn.qkv
-        added = linear.bias if bias else None
-        return F.linear(x, linear.weight[rows], None if added is None else added[rows])
+        qkv = self.block.attn.qkv
+        added = qkv.bias if bias else None
+        return F.linear(x, low(qkv.weight)[rows], None if added is None else low(added)[rows])
 
 
 class TimmImageTower(ImageTower):
@@ -66,6 +80,11 @@ class TimmImageTower(ImageTower):
         else:
             with_prefix = self.prefix if trunk.pool_include_prefix else ()
             self.reads = frozenset({PATCHES, *with_prefix})
+
+    @property
+    def tokens(self) -> int:
+        """Patches and what stands before them."""
+        return int(self.trunk.patch_embed.num_patches) + sum(self._prefix_sizes())
 
     def _prefix_sizes(self) -> tuple[int, ...]:
         return tuple(self._counts.values())

@@ -32,6 +32,11 @@ class VitImageTower(ImageTower):
         self.embed_dim = self.width if visual.proj is None else int(visual.proj.shape[1])
         self.reads = frozenset({CLASS if visual.pool_type == "tok" else PATCHES})
 
+    @property
+    def tokens(self) -> int:
+        """Patches and the class token."""
+        return int(self.visual.positional_embedding.shape[0])
+
     def _embed(self, images: Tensor) -> Float[Tensor, "batch length width"]:
         return self.visual._embeds(images)
 

@@ -32,7 +32,7 @@ class World:
         if method.reads_images:
             return Batch(self.labels[rows], images=images)
         with torch.no_grad():
-            return Batch(self.labels[rows], features=self.backbone.image.encode(images))
+            return Batch(self.labels[rows], features=method.backbone.image.encode(images))
 
     def build(self, name: str, problem: Problem | None = None, seed: int = 1) -> Method:
         kind: Any = METHODS[name]

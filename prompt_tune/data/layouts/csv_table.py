@@ -27,6 +27,9 @@ def _column(wanted: str | None, usual: str, header: list[str], path: Path) -> st
 def read(place: str, declaration: DataDeclaration) -> Found:
     """The images a table lists, with paths relative to the table or to the declared `images`.
 
+    Labels that are whole numbers, and neither id, name nor label of a declared class, are positions
+    in the declared class list.
+
     Raises:
         DataError: missing file or column, an empty cell, a missing image.
     """
@@ -59,8 +62,11 @@ def read(place: str, declaration: DataDeclaration) -> Found:
     parts, root = {}, image_root(path, declaration)
     for name, listed in rows.items():
         names, labels, patients = zip(*listed, strict=True)
-        parts[name] = file_part(root, names, labels, patients, where=path)
+        parts[name] = file_part(root, names, labels, patients)
     known = sorted({text for part in parts.values() for text in part.labels})
+    told = {str(name) for c in declaration.classes for name in (c.id, c.name, c.label)}
+    if declaration.classes and all(map(str.isdecimal, known)) and not told & set(known):
+        return Found(parts, numbered=True)
     return Found(parts, tuple((text, text) for text in known))
 
 

@@ -24,7 +24,7 @@ def _images(folder: Path, root: Path) -> list[str]:
 
 def _part(root: Path) -> Part:
     pairs = [(name, _name(f)) for f in _folders(root) for name in _images(f, root)]
-    return file_part(root, [n for n, _ in pairs], [label for _, label in pairs], where=root)
+    return file_part(root, [n for n, _ in pairs], [label for _, label in pairs])
 
 
 def _split_folders(root: Path, declaration: DataDeclaration) -> list[Path]:

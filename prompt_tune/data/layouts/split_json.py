@@ -28,7 +28,7 @@ def _part(name: str, entries: Any, classes: dict[int, str], path: Path, root: Pa
             raise DataError(what, where=path, wanted=repr(classes[label]))
         names.append(image)
         labels.append(class_name)
-    return file_part(root, names, labels, where=path)
+    return file_part(root, names, labels)
 
 
 def read(place: str, declaration: DataDeclaration) -> Found:

@@ -31,8 +31,8 @@ class Sampled(RecipePart):
     begin: str = ""
     """What the answer is made to begin with; part of a sentence, not of a phrase."""
     form: Literal["sentence", "phrase"] = "sentence"
-    """`sentence`: the first sentence of an answer; `phrase`: the same without its full stop or an
-    article before it."""
+    """`sentence`: the first sentence of an answer; `phrase`: its words before the first comma or
+    other mark, without an article or an adverb such as "usually" before them."""
     seed: int = Field(default=1, ge=0, lt=1 << 53)
     temperature: Annotated[Decimal, Field(gt=0, le=10)] = 1.0
     top_p: Annotated[Decimal, Field(gt=0, le=1)] = 0.95
@@ -72,8 +72,8 @@ class ModelAttributesBlock(Sampled):
     names: Names
     values: int = Field(default=3, ge=1, le=100)
     samples: int = Field(default=10, ge=1, le=10_000)
-    max_new_tokens: int = Field(default=12, ge=1)
-    max_words: int = Field(default=4, ge=1)
+    max_new_tokens: int = Field(default=16, ge=1)
+    max_words: int = Field(default=5, ge=1)
     avoid_name: bool = True
     attempts: int = Field(default=300, ge=1)
 

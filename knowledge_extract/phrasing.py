@@ -1,7 +1,8 @@
 """What is kept of a sampled answer, and why one is refused.
 
 An answer is read as its first sentence, or its first line where that ends before, without the marks
-of a list and quotation marks.
+of a list and quotation marks; a phrase as the words before the first comma, semicolon, colon,
+bracket or dash in it.
 
 Words are runs of letters and digits, compared without case. The class's name stands in a text when
 one of its words of four letters or more does, or any of them for a name without such a word;
@@ -24,7 +25,11 @@ _TALK = re.compile(
     r"|the answer)\b",
     re.IGNORECASE,
 )
-_ARTICLE = re.compile(r"^(?:a|an|the)\s+", re.IGNORECASE)
+_BREAK = re.compile(r"[,;:()\[\]–—]|\s-\s")
+_BEFORE = re.compile(
+    r"^(?:(?:an?|the|also|generally|mostly|normally|often|sometimes|typically|usually)\s+)+",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def is_enough(text: str, rules: Rules) -> bool:
         return False
     if "\n" in text.lstrip() or len(words(line)) > rules.max_words + 1:
         return True
-    return _first_sentence(line) is not None
+    broken = rules.form == "phrase" and _BREAK.search(line, 1) is not None
+    return broken or _first_sentence(line) is not None
 
 
 def kept(text: str, rules: Rules) -> str:
@@ -72,7 +78,7 @@ def kept(text: str, rules: Rules) -> str:
     line = _first_sentence(line) or line
     if rules.form == "sentence":
         return line
-    return _ARTICLE.sub("", line.rstrip(".,;")).strip()
+    return _BEFORE.sub("", _BREAK.split(line, maxsplit=1)[0].rstrip(".")).strip("\"”'*_ ")
 
 
 def names_class(text: str, name: str) -> bool:
@@ -100,7 +106,7 @@ def fault(text: str, name: str, question: str, rules: Rules, *, cut_off: bool) -
         "empty": not own or (not phrase and len(own) < 3),
         "too long": len(own) > rules.max_words,
         "cut off": cut_off,
-        "not a single phrase": phrase and bool(re.search(r"[:;!?|=]|\.\s", text)),
+        "not a single phrase": phrase and bool(re.search(r"[!?|=]|\.\s", text)),
         "a heading": text.endswith(":"),
         "not about the question": bool(_TALK.match(text)),
         "repeats the question": bool(own)

@@ -28,9 +28,10 @@ class FullFineTuning(Method):
         logit[b, c] = exp(s) <v_b, w_c> + a_c,   loss = mean cross-entropy.
 
     w_c starts as the normalised text feature of class c in the template, so that training starts
-    at zero-shot (the fine-tuning of Wortsman et al., "Robust fine-tuning of zero-shot models",
-    CVPR 2022, section 3), or as 0; a starts as 0 and s stays what it is. The copy stays in
-    evaluation mode: nothing is dropped. The weights of a run are the whole tower.
+    at zero-shot (as in Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022), or
+    as 0; a starts as 0 and s stays what it is. The copy runs by open_clip's own forward, without
+    `checkpoint_image`, and stays in evaluation mode: nothing is dropped. The weights of a run are
+    the whole tower.
 
     Differs: exp(s) multiplies the product instead of being part of w at the start. The function is
     the same; an optimiser of the weights' own scale, such as AdamW, moves the head exp(s) times as

@@ -60,8 +60,8 @@ class LoRA(Method):
     again in every forward, so that rounding moves the frozen weights. Fused projections are
     divided into linear maps, and q, k and v have an A each.
 
-    Differs: the published CLIP-LoRA scales by alpha / sqrt(rank); its preset has the alpha that
-    gives the same. It applies one dropout mask to W B A's input per projection, as here.
+    Differs: the published code of CLIP-LoRA scales by alpha / sqrt(rank), with alpha 1; the preset
+    has the alpha that gives the same here. It trains in mixed fp16.
     """
 
     Config = LoraConfig

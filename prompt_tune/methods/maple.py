@@ -29,7 +29,7 @@ class MapleConfig(MethodConfig):
 
 
 class MaPLe(Method):
-    """Multi-modal prompt learning (Khattak et al., CVPR 2023, eq. 3 to 7).
+    """Multi-modal prompt learning (Khattak et al., "MaPLe", CVPR 2023), as its published code does.
 
     Block k of the text tower reads `[start, P_k, name of c, ".", end]` and block k of the image
     tower `[class token, patches, F_k(P_k)]`, for k below `depth`, and what stands at the prompt

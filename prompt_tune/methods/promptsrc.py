@@ -34,7 +34,10 @@ class PromptSrcConfig(MethodConfig):
 
 
 class PromptSRC(Method):
-    """Prompting with self-regulating constraints (Khattak et al., ICCV 2023, eq. 3 to 8).
+    """Prompting with self-regulating constraints, as its published code computes it.
+
+    Khattak et al., "Self-regulating prompts: foundational model adaptation without forgetting",
+    ICCV 2023.
 
     Independent trained prompts overwrite the prompt positions at the first `text_depth` and
     `visual_depth` blocks, as in MaPLe without its coupling. With v_b and t_c the normalised

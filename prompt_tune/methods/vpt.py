@@ -24,7 +24,7 @@ class VptConfig(MethodConfig):
 
 
 class VPT(Method):
-    """Visual prompt tuning (Jia et al., "Visual Prompt Tuning", ECCV 2022, eq. 4 to 8).
+    """Visual prompt tuning (Jia et al., "Visual Prompt Tuning", ECCV 2022, section 3.2).
 
     Not the variational prompt tuning of text contexts that shares the abbreviation.
 

@@ -41,6 +41,10 @@ Classes = Annotated[Path | None, typer.Option(help="YAML with a class name for e
 Modality = Annotated[str, typer.Option(help="Of all classes.")]
 Licence = Annotated[str | None, typer.Option(help="Of the model the values come from.")]
 Model = Annotated[str | None, typer.Option(help="What the model is called.")]
+NewBlock = Annotated[str, typer.Option("--block", help="Name of the block to make.")]
+TextSource = Annotated[str, typer.Option("--source", help="Who or what made the texts.")]
+TextLicence = Annotated[str, typer.Option("--licence", help="Of the texts; `unknown` if it is.")]
+TextKind = Annotated[str, typer.Option("--kind", help="texts or attributes.")]
 Replace = Annotated[bool, typer.Option(help="Replace a cache that has this name.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")]
 
@@ -336,6 +340,74 @@ def cache_import_hdf5(
     labels = Labels(dataset, block, kind, modality, licence, model, first_layer)
     table = None if classes is None else read_class_table(classes)
     report = import_hdf5(file, out, labels, classes=table, replace=replace)
+    _say(report.to_json(), as_json, report.describe())
+
+
+@cache_app.command("add-texts")
+def cache_add_texts(
+    file: Annotated[Path, typer.Argument(help="The sealed cache to start from.")],
+    texts: Annotated[Path, typer.Argument(help="JSON, YAML or CSV: texts by class.")],
+    block: NewBlock,
+    source: TextSource,
+    licence: TextLicence,
+    out: Annotated[Path, typer.Option(help="The sealed cache to make.")],
+    kind: TextKind = "texts",
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Adds texts or attributes made elsewhere as one more block."""
+    from cache.foreign.add_texts import About, add_texts
+
+    about = About(block, source, licence, kind)
+    report = add_texts(file, texts, out, about, replace=replace)
+    _say(report.to_json(), as_json, report.describe())
+
+
+@cache_app.command("new-texts")
+def cache_new_texts(
+    texts: Annotated[Path, typer.Argument(help="JSON, YAML or CSV: texts by class.")],
+    dataset: Annotated[str, typer.Option(help="Id of the data set.")],
+    block: NewBlock,
+    source: TextSource,
+    licence: TextLicence,
+    out: Annotated[Path, typer.Option(help="The sealed cache to make.")],
+    kind: TextKind = "texts",
+    classes: Classes = None,
+    modality: Modality = "",
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Makes a cache of texts or attributes made elsewhere, without any model."""
+    from cache.foreign.add_texts import About, new_texts
+    from cache.foreign.importing import read_class_table
+
+    about = About(block, source, licence, kind)
+    table = None if classes is None else read_class_table(classes)
+    report = new_texts(
+        texts, out, about, dataset=dataset, classes=table, modality=modality, replace=replace
+    )
+    _say(report.to_json(), as_json, report.describe())
+
+
+@cache_app.command("embed")
+def cache_embed(
+    file: Path,
+    backbone: Annotated[str, typer.Option(help="A tuning recipe, a preset, or a backbone's YAML.")],
+    block: Annotated[str, typer.Option(help="A block of texts.")] = "descriptions",
+    name: Annotated[str | None, typer.Option(help="Of the new block.")] = None,
+    licence: Annotated[str, typer.Option(help="Of the backbone.")] = "unknown",
+    out: Annotated[Path | None, typer.Option(help="The cache to make; else FILE itself.")] = None,
+    device: Device = "auto",
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Adds what a backbone's text tower makes of every text of a block."""
+    from prompt_tune.backbone import load_backbone
+    from prompt_tune.embed import backbone_spec, embed
+    from prompt_tune.setup import pick_device
+
+    loaded = load_backbone(backbone_spec(backbone), device=pick_device(device))
+    report = embed(file, loaded, block=block, name=name, licence=licence, out=out, replace=replace)
     _say(report.to_json(), as_json, report.describe())
 
 

@@ -26,6 +26,7 @@ from cache.progress import track
 from cache.recipe import validate
 from cache.store import Block, KnowledgeCache
 from knowledge_extract.answers import AnswerIds
+from knowledge_extract.asking import per_question
 from knowledge_extract.batches import Batches
 from knowledge_extract.engine import Engine
 from knowledge_extract.job import Job, prepare
@@ -68,14 +69,17 @@ class AuditReport:
     Args:
         content_id: of the cache.
         seed: that chose the entries.
-        entries: how many the cache holds.
+        entries: how many the cache holds that this can repeat.
         findings: one for each entry that was computed again.
+        left_out: blocks the declared model did not make: texts from elsewhere, embeddings, and
+            what another model put into gaps.
     """
 
     content_id: str
     seed: int
     entries: int
     findings: tuple[Finding, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -109,6 +113,8 @@ class AuditReport:
         worst = [one.difference for one in self.findings if one.difference is not None]
         if worst:
             lines.append(f"largest difference of a state: {max(worst):.3g} of its norm")
+        if self.left_out:
+            lines.append(f"made otherwise, not looked at: {', '.join(self.left_out)}")
         return "\n".join([*lines, f"seed {self.seed}"])
 
 
@@ -140,12 +146,12 @@ def audit(
     run = replace(run or RunSettings(), batch_size=1)
     seed = secrets.randbelow(1 << 32) if seed is None else seed
     with KnowledgeCache.open(path, verify="full") as found:
-        places = [
-            (name, entry.class_id, entry.item)
-            for name, block in found.blocks.items()
-            for entry in block.entries()
-        ]
+        own = {name: block for name, block in found.blocks.items() if _by_the_model(block)}
+        places = [(n, e.class_id, e.item) for n, block in own.items() for e in block.entries()]
         drawn = sorted(random.Random(seed).sample(places, min(k, len(places))))  # noqa: S311
+        if not places:
+            what = "nothing in this cache was made by `vademecum extract`, so nothing is repeated"
+            raise CacheMismatchError(what, where=path)
         again: dict[Place, Entry] = {}
         sources: dict[str, str] = {}
         for recipe in _recipes(found, model):
@@ -157,14 +163,21 @@ def audit(
             where = f"{path}, block {left[0][0]}, class {left[0][1]}"
             raise CacheMismatchError(what, where=where)
         findings = tuple(_compare(found, place, again, sources, allowed) for place in drawn)
-    return AuditReport(found.content_id, seed, len(places), findings)
+    left_out = tuple(name for name in found.blocks if name not in own)
+    return AuditReport(found.content_id, seed, len(places), findings, left_out)
+
+
+def _by_the_model(block: Block) -> bool:
+    """True unless a block, or what its draws are of, was made elsewhere or by another model."""
+    filled = block.spec.get("ranked") == "by-probability"
+    return not filled and block.spec.get("source") not in {"added", "embedded"}
 
 
 def _recipes(found: KnowledgeCache, model: str | None) -> Iterator[ExtractRecipe]:
     """The recipes that made a cache, several if it was merged, pointed at their models."""
     stored = found.recipe
     for data in recipes_of(stored):
-        if data.get("classes") == []:
+        if data.get("classes") == [] or set(data) in ({"added"}, {"embedded"}):
             continue  # a slice may leave a part of a merged recipe without classes
         identity = data.get("model")
         if not isinstance(identity, dict) or "source" not in identity:
@@ -172,7 +185,17 @@ def _recipes(found: KnowledgeCache, model: str | None) -> Iterator[ExtractRecipe
             raise CacheMismatchError(what, where=found.path)
         fields = {k: v for k, v in data.items() if k not in {"model", "resolved"}}
         fields["model"] = _model(identity, model)
+        fields["blocks"] = _without_gaps(fields.get("blocks"))
         yield validate(ExtractRecipe, fields, where=f"{found.path}, recipe")
+
+
+def _without_gaps(blocks: Any) -> Any:
+    """The blocks of a stored recipe without those another model filled, and their draws."""
+    if not isinstance(blocks, dict) or not all(isinstance(b, dict) for b in blocks.values()):
+        return blocks
+    gaps = {name for name, block in blocks.items() if block.get("by") == "cloze"}
+    draws = {n for n, b in blocks.items() if b.get("kind") == "draws" and b.get("of") in gaps}
+    return {name: block for name, block in blocks.items() if name not in gaps | draws}
 
 
 def _model(identity: Mapping[str, Any], given: str | None) -> dict[str, Any]:
@@ -216,7 +239,8 @@ def _again(
 def _compute(job: Job, places: set[Place], run: RunSettings) -> dict[Place, Entry]:
     """Entries by place, each piece alone; answers another model reads are generated first."""
     read = {name: getattr(block, "of", name) for name, block in job.recipe.blocks.items()}
-    wanted = {(read[block], class_id, item) for block, class_id, item in places}
+    counts = {name: per_question(block) for name, block in job.recipe.blocks.items()}
+    wanted = {(read[b], class_id, item // counts[b]) for b, class_id, item in places}
     made: dict[Place, Entry] = {}
     with tempfile.TemporaryDirectory(prefix="vademecum-") as folder:
         answers = AnswerIds(Path(folder))
@@ -239,7 +263,11 @@ def _alone(
     def of(unit: Unit) -> Iterator[Piece]:
         for piece in unit.pieces:
             source = (unit.task.source, piece.class_id, piece.item)
-            fills = any((b, piece.class_id, piece.item) in places for b in unit.task.blocks)
+            fills = any(
+                (block, piece.class_id, item) in places
+                for block in unit.task.blocks
+                for item in job.items(block, piece)
+            )
             if source in wanted and (fills or unit.task.kind == "generate"):
                 yield piece
 
@@ -282,7 +310,7 @@ def _compare(
 def _may_fall_otherwise(block: Block) -> bool:
     """True for answers in a compute dtype in which near ties between tokens happen."""
     loose = block.spec.get("compute_dtype") in ANSWERS_MAY_FALL_OTHERWISE
-    return loose and block.spec.get("source") == "answers"
+    return loose and block.spec.get("source") in {"answers", "generated", "draws"}
 
 
 def _fell_otherwise(found: KnowledgeCache, again: Entry) -> bool:

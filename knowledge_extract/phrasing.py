@@ -5,8 +5,8 @@ of a list and quotation marks; a phrase as the words before the first comma, sem
 bracket or dash in it.
 
 Words are runs of letters and digits, compared without case. The class's name stands in a text when
-one of its words of four letters or more does, or any of them for a name without such a word;
-endings may differ by the plural's s.
+one of its words of four letters or more does, without the plural's s and also as a part of another
+word ("basophilic"); where the name has only shorter words, when one of these does.
 """
 
 import re
@@ -82,11 +82,13 @@ def kept(text: str, rules: Rules) -> str:
 
 
 def names_class(text: str, name: str) -> bool:
-    """True if a text holds a word of a class's name."""
+    """True if a text holds a word of a class's name, also inside another word."""
     own = words(name)
-    telling = [w for w in own if len(w) >= 4 and w not in SMALL_WORDS] or own
-    stems = tuple(word.rstrip("s") or word for word in telling)
-    return any(word.rstrip("s") in stems for word in words(text))
+    telling = [w for w in own if len(w) >= 4 and w not in SMALL_WORDS]
+    if not telling:
+        return not set(own).isdisjoint(words(text))
+    stems = [word.rstrip("s") for word in telling]
+    return any(stem in word for stem in stems for word in words(text))
 
 
 def fault(text: str, name: str, question: str, rules: Rules, *, cut_off: bool) -> str:

@@ -141,7 +141,7 @@ def evaluate_on(
 def _same_data(folder: Path, run: dict[str, Any], source: DataSource, *, transfer: bool) -> bool:
     """Whether the data have the id of the run's; other data only if they are meant."""
     own = run["bindings"]["dataset"]
-    if False:
+    if source.dataset != own and not transfer:
         what = "the run was tuned on another data set"
         do = "Pass --transfer if that is meant."
         raise RunError(what, where=folder, found=own, wanted=source.dataset, do=do)

@@ -223,6 +223,7 @@ def describe_licences(provenance: Mapping[str, Any]) -> list[str]:
 
 def notice(content_id: str, provenance: Mapping[str, Any]) -> str:
     """The text of the NOTICE that travels with a cache."""
-    models = [t for key in ("model", "notice") for t in texts_of(str(provenance.get(key, ""))) if t]
+    keys = ["model", "notice", *sorted(k for k in provenance if k.endswith(("_model", "_source")))]
+    models = [t for key in keys for t in texts_of(str(provenance.get(key, ""))) if t]
     lines = [f"Knowledge cache {content_id}", *(f"made with: {one}" for one in models)]
     return "\n".join([*lines, "", *describe_licences(provenance), ""])

@@ -103,7 +103,7 @@ def _refuse_marked(opened: KnowledgeCache) -> None:
 def _check_licence(opened: KnowledgeCache, *, accept: bool) -> None:
     strictest = licences_of(opened.provenance)[0]
     if strictest.kind in REFUSED and not accept:
-        what = f"the licence of the source model is {strictest.kind}"
+        what = f"the licence of a source of this cache is {strictest.kind}"
         found = f"{safe_text(strictest.names[0])}, gated: {safe_text(gate_of(opened.provenance))}"
         do = "If you may pass it on, push with --accept-licence."
         raise ValueRefusedError(what, where=opened.path, found=found, do=do)

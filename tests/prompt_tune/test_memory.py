@@ -46,10 +46,10 @@ def kept_bytes(forward: Callable[[], Tensor], method: Any) -> int:
     return total
 
 
-def cilmp(backbone: Backbone, counts: tuple[int, ...], **options: Any) -> CILMP:
+def cilmp(backbone: Backbone, counts: tuple[int, ...], source: int = 40, **options: Any) -> CILMP:
     torch.manual_seed(1)
     names = tuple(f"{NAMES[k % 4]} {k}" for k in range(len(counts)))
-    rows = KnowledgeRows(tuple(torch.randn(n, options.pop("source", 40)) for n in counts))
+    rows = KnowledgeRows(tuple(torch.randn(n, source) for n in counts))
     return CILMP(CilmpConfig(**options), Problem(backbone, names, rows=rows)).train()
 
 
@@ -159,7 +159,7 @@ def test_classes_are_chunked_before_image_blocks_are_computed_again() -> None:
     smaller = plan(IMAGE, TEXT, usual, image + TEXT.kept("fp32", classes=6) - 1)
     assert smaller.execution == Execution(class_chunk=3)
     both = plan(IMAGE, TEXT, usual, image)
-    assert both.execution == Execution(checkpoint_image=True)  # then no chunk is needed
+    assert both.execution == Execution(class_chunk=6, checkpoint_image=True)
     least = plan(IMAGE, TEXT, usual, 1)
     assert least.execution == Execution(class_chunk=1, checkpoint_image=True)
     assert "12 classes" not in chunked.describe()
@@ -173,7 +173,7 @@ def test_the_dearest_chunk_counts() -> None:
     assert uneven.kept("fp32", classes=2) > 0.5 * uneven.kept("fp32")
 
 
-def test_checkpoints_keep_about_the_inputs(backbones: dict[str, Backbone]) -> None:
+def test_checkpoints_keep_about_the_inputs() -> None:
     plain = IMAGE.kept("fp32")
     again = IMAGE.kept("fp32", checkpoint=True)
     assert plain / 4 < again < plain / 2

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from cache.blocks import Entry
 from cache.combining.merging import merge
+from cache.errors import CacheMismatchError
 from cache.extraction import ExtractionHeader
 from cache.folder import ShardFolder
 from cache.publishing import check_target
 from cache.sealing import seal
+from cache.store import KnowledgeCache
 
 AT_ONCE = 4096  # entries in one shard
 
@@ -44,11 +46,18 @@ def add_entries(
     """Makes a cache of another one and these entries, as if both were merged; its content id.
 
     Raises:
-        MergeConflictsError: a block of the same name holds something else.
+        CacheMismatchError: the cache has another block of this name.
+        MergeConflictsError: the same block holds something else.
         CacheFormatError: `into` is missing, foreign or damaged.
         CacheError: see `seal_entries`.
     """
     check_target(out)
+    with KnowledgeCache.open(into) as opened:
+        specs = opened.sealed.header.specs
+        for name, spec in header.blocks.items():
+            if name in specs and specs[name].plain() != spec.plain():
+                what, do = f"the cache has another block {name!r}", "Choose another name."
+                raise CacheMismatchError(what, where=into, do=do)
     with tempfile.TemporaryDirectory(prefix="vademecum-") as place:
         more = Path(place) / "more.h5"
         seal_entries(header, entries, more)

@@ -259,7 +259,7 @@ class _Made:
             "revision": REVISION,
             "source": "added",
             "file": self.file,
-            "from": digest_of(about.source),
+            "words": digest_of(about.source),
             "licence": licence if is_token(licence) else digest_of(licence),
         }
         added = {"block": about.block, "files": {self.path.name: self.file}}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from prompt_tune.towers.mixed import MixedAttention
 from prompt_tune.towers.parts import Part
 
 Query = Float[Tensor, "b c heads n d"]
@@ -128,6 +129,34 @@ class LowRankKeyValue:
         return inner, self.offset.sums(weights * self.rows[:, :, None, None, :, self._rank])
 
 
+@dataclass(frozen=True, eq=False)
+class SharedKeyValue:
+    """Keys and values that all images and classes share, the last of them a basis of rows.
+
+    Args:
+        parts: of the shared ones, then of the rows.
+        table: key and value of the shared ones, then of the basis.
+        rows: coordinates in the basis, without offset.
+    """
+
+    parts: tuple[Part, ...]
+    table: KeyValue
+    rows: Float[Tensor, "b c m e"]
+
+    def apart(self) -> tuple[KeyValue, LowRankKeyValue]:
+        """The shared ones, and the rows with their basis."""
+        count = self.table.key.shape[3] - self.rows.shape[3]
+        sizes = [count, self.rows.shape[3]]
+        keys, values = (x.split(sizes, dim=3) for x in (self.table.key, self.table.value))
+        own = tuple(p for p in self.parts if p in self.table.parts)
+        others = tuple(p for p in self.parts if p not in self.table.parts)
+        basis = KeyValue((), keys[1], values[1])
+        return (
+            KeyValue(own, keys[0], values[0]),
+            LowRankKeyValue(others, self.rows, basis, None),
+        )
+
+
 Keys = KeyValue | LowRankKeyValue
 
 
@@ -156,7 +185,7 @@ def _cat_positions(parts: Sequence[Part]) -> Tensor:
 
 def attend(
     query: Float[Tensor, "b c heads n d"],
-    keys: Sequence[Keys],
+    keys: Sequence[Keys | SharedKeyValue],
     unseen: Bool[Tensor, "c n m"] | None,
 ) -> Float[Tensor, "b c heads n d"]:
     """Softmax attention over the concatenation of `keys`, each broadcast over images and classes.
@@ -165,13 +194,31 @@ def attend(
     and class, and those in coordinates never written out; many queries go through
     `scaled_dot_product_attention`.
     """
-    shapes = [(query.shape[0], query.shape[1]), *(k.shape for k in keys)]
+    own = (query.shape[0], query.shape[1])
+    few = 3 * query.shape[3] < 2 * query.shape[4]
+    if len(keys) == 2 and few:
+        first, second = keys
+        if isinstance(first, KeyValue) and isinstance(second, SharedKeyValue):
+            if first.shape == own == (second.rows.shape[0], second.rows.shape[1]):
+                return _mixed(query, first, second, unseen)
+    keys = [one for k in keys for one in (k.apart() if isinstance(k, SharedKeyValue) else (k,))]
+    shapes = [own, *(k.shape for k in keys)]
     full = max(b for b, _ in shapes), max(c for _, c in shapes)
     small = any(isinstance(k, LowRankKeyValue) or k.shape != full for k in keys)
     # Scores, their softmax and one copy, against keys and values: 3 heads n < 2 heads d.
-    if small and 3 * query.shape[3] < 2 * query.shape[4]:
+    if small and few:
         return _by_part(query, keys, unseen, full)
     return _fused(query.expand(*full, -1, -1, -1), [k.dense() for k in keys], unseen)
+
+
+def _mixed(
+    query: Tensor, own: KeyValue, shared: SharedKeyValue, unseen: Tensor | None
+) -> Float[Tensor, "b c heads n d"]:
+    table, rows = shared.table, shared.rows.to(query.dtype)
+    tensors = query, own.key, own.value, table.key[0, 0], table.value[0, 0], rows
+    with torch.autocast(query.device.type, enabled=False):
+        out: Tensor = MixedAttention.apply(*tensors, unseen)
+    return out
 
 
 def _fused(query: Tensor, keys: Sequence[KeyValue], unseen: Tensor | None) -> Tensor:

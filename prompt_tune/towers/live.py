@@ -21,7 +21,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from prompt_tune.execution import recomputed
-from prompt_tune.towers.attention import Keys, KeyValue, LowRankKeyValue, attend, hidden
+from prompt_tune.towers.attention import (
+    Keys,
+    KeyValue,
+    LowRankKeyValue,
+    SharedKeyValue,
+    attend,
+    hidden,
+)
 from prompt_tune.towers.lowrank import LowRank
 from prompt_tune.towers.parts import Part, Stream
 
@@ -148,11 +155,14 @@ class _Keys:
         self.projected: list[list[Stream]] = [[] for _ in entered]
         self.bases: dict[int, KeyValue] = {}
 
-    def of(self, parts: Sequence[Part]) -> list[Keys]:
+    def of(self, parts: Sequence[Part]) -> list[Keys | SharedKeyValue]:
         """Those of some parts; the rows of one basis together."""
         names = {p.name for p in parts}
-        keys: list[Keys] = []
+        together = self._together(names)
+        keys: list[Keys | SharedKeyValue] = []
         for k, stream in enumerate(self.entered):
+            if together is not None and k in together:
+                continue
             if names.isdisjoint(p.name for p in stream.parts):
                 continue
             found = stream.only(names)
@@ -160,7 +170,36 @@ class _Keys:
                 keys.append(self._in_coordinates(k, found))
             else:
                 keys.extend(self._written_out(k, found))
+        if together is not None:
+            keys.append(self._shared(*together))
         return keys
+
+    def _together(self, names: Collection[str]) -> tuple[int, int] | None:
+        """What all images and classes share, and rows whose basis goes with it, if all is seen."""
+        shared, low = [], []
+        for k, s in enumerate(self.entered):
+            if all(p.name in names for p in s.parts):
+                if isinstance(s, LowRank):
+                    low += [k] if s.offset is None and s.shift is not None else []
+                elif s.batch == 1 and all(p.classes == 1 for p in s.parts):
+                    shared.append(k)
+        return (shared[0], low[0]) if len(shared) == len(low) == 1 else None
+
+    def _shared(self, k: int, of_rows: int) -> SharedKeyValue:
+        """Key and value of the stream `k` and of the basis of rows, in one projection."""
+        stream, low = self.entered[k], self.entered[of_rows]
+        assert isinstance(stream, Stream)  # noqa: S101 - see `_together`
+        assert isinstance(low, LowRank) and low.shift is not None  # noqa: S101, PT018
+        if of_rows not in self.bases:
+            every = [stream.x[0], low.basis.to(low.dtype), low.shift[None].to(low.dtype)]
+            linear = self.block.key_value(torch.cat(every)[None], bias=False)
+            zero = torch.zeros_like(low.shift)[None, None].to(low.dtype)
+            biased = linear.new_ones(linear.shape[1], 1)
+            biased[len(every[0]) : -1] = 0
+            linear = linear + biased * self.block.key_value(zero)
+            self.bases[of_rows] = self._key_value(stream.parts, linear[:, None])
+        parts = (*stream.parts, *low.parts)
+        return SharedKeyValue(parts, self.bases[of_rows], low.table())
 
     def _written_out(self, k: int, stream: Stream) -> Iterator[KeyValue]:
         known, names = self.projected[k], {p.name for p in stream.parts}

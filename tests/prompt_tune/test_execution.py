@@ -206,6 +206,7 @@ def test_copies_in_bf16_follow_their_weight(backbones: dict[str, Backbone]) -> N
         assert torch.equal(low(weight), weight.bfloat16())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch.compile's own, about its insides
 def test_compiled_blocks_give_the_same(
     backbones: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +222,7 @@ def test_compiled_blocks_give_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch.compile's own, about its insides
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_the_compiler_gives_the_same(backbones: dict[str, Backbone]) -> None:
     block = backbones["clip"].text.blocks[1]

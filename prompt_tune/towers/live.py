@@ -154,6 +154,7 @@ class _Keys:
         self.parts = [p for s in entered for p in s.parts]
         self.projected: list[list[Stream]] = [[] for _ in entered]
         self.bases: dict[int, KeyValue] = {}
+        self.tables: dict[int, KeyValue] = {}
 
     def of(self, parts: Sequence[Part]) -> list[Keys | SharedKeyValue]:
         """Those of some parts; the rows of one basis together."""
@@ -190,16 +191,16 @@ class _Keys:
         stream, low = self.entered[k], self.entered[of_rows]
         assert isinstance(stream, Stream)  # noqa: S101 - see `_together`
         assert isinstance(low, LowRank) and low.shift is not None  # noqa: S101, PT018
-        if of_rows not in self.bases:
+        if of_rows not in self.tables:
             every = [stream.x[0], low.basis.to(low.dtype), low.shift[None].to(low.dtype)]
             linear = self.block.key_value(torch.cat(every)[None], bias=False)
             zero = torch.zeros_like(low.shift)[None, None].to(low.dtype)
             biased = linear.new_ones(linear.shape[1], 1)
             biased[len(every[0]) : -1] = 0
             linear = linear + biased * self.block.key_value(zero)
-            self.bases[of_rows] = self._key_value(stream.parts, linear[:, None])
+            self.tables[of_rows] = self._key_value(stream.parts, linear[:, None])
         parts = (*stream.parts, *low.parts)
-        return SharedKeyValue(parts, self.bases[of_rows], low.table())
+        return SharedKeyValue(parts, self.tables[of_rows], low.table())
 
     def _written_out(self, k: int, stream: Stream) -> Iterator[KeyValue]:
         known, names = self.projected[k], {p.name for p in stream.parts}

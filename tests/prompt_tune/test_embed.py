@@ -75,7 +75,7 @@ def test_another_tower_does_not_take_them(knowledge, backbone, toy, tiny_models,
 
 
 def test_refusals(knowledge, backbone, tmp_path):
-    with pytest.raises(MissingKnowledgeError, match="no block 'layers' of texts.*symptoms"):
+    with pytest.raises(MissingKnowledgeError, match=r"no block 'layers' of texts.*symptoms"):
         embed(knowledge, backbone, block="layers")
     with pytest.raises(CacheMismatchError, match="the cache has another block 'symptoms'"):
         embed(knowledge, backbone, name="symptoms", out=tmp_path / "e.h5")

@@ -195,25 +195,9 @@ def methods(
     Raises:
         DataError: no methods.
     """
-    if not rows:
-        what = "there are no methods to draw"
-        raise DataError(what)
-    names = [_wrapped(name, 34, 2) for name, _ in rows]
-    longest = max(len(line) for name in names for line in name.splitlines())
-    size = (4.6 + 0.068 * longest, 1.2 + 0.36 * len(rows))
 
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for k, (_, (value, low, high)) in enumerate(rows):
-            if math.isnan(value):
-                axes.text(0.5, k, "undefined", transform=axes.get_yaxis_transform(), va="center")
-                continue
-            axes.plot([low, high], [k, k], color=BLUE, linewidth=1.5, marker="|", markersize=7)
-            axes.plot([value], [k], color=BLUE, marker="o", markersize=5)
-            axes.annotate(
-                f"{value:.3f}", (1.02, k), xycoords=axes.get_yaxis_transform(), va="center"
-            )
-        if guess is not None:
+    def draw(axes: Any, k: int) -> str:
+        if guess is not None and k == 0:
             axes.axvline(guess, color=GREY, linestyle="--", linewidth=1, zorder=0)
             axes.annotate(
                 "best constant answer",
@@ -224,14 +208,16 @@ def methods(
                 ha="center",
                 va="bottom",
             )
-        axes.set_yticks(range(len(rows)), names)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"{LABELS.get(measure, measure)} (95 % interval)")
-        axes.grid(axis="x", alpha=0.3)
-        axes.margins(x=0.08)
+        value, low, high = rows[k][1]
+        if math.isnan(value):
+            axes.text(0.5, k, "undefined", transform=axes.get_yaxis_transform(), va="center")
+            return ""
+        axes.plot([low, high], [k, k], color=BLUE, linewidth=1.5, marker="|", markersize=7)
+        axes.plot([value], [k], color=BLUE, marker="o", markersize=5)
+        return f"{value:.3f}"
 
-    return _drawn(path, size, draw)
+    label = f"{LABELS.get(measure, measure)} (95 % interval)"
+    return _one_by_one([name for name, _ in rows], path, draw, label)
 
 
 def average_ranks(
@@ -247,33 +233,19 @@ def average_ranks(
     Raises:
         DataError: no methods.
     """
-    if not rows:
-        what = "there are no methods to draw"
-        raise DataError(what)
-    names = [_wrapped(name, 40, 2) for name, _ in rows]
-    longest = max(len(line) for name in names for line in name.splitlines())
-    size = (4.2 + 0.068 * longest, 1.2 + 0.3 * len(rows))
+    counts = max((len(own) for _, own in rows), default=0)
+    over = f"over {counts} data sets" if counts > 1 else "on one data set"
 
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for k, (_, own) in enumerate(rows):
-            axes.plot([min(own), max(own)], [k, k], color=GREY, linewidth=1, zorder=1)
-            axes.plot(own, [k] * len(own), color=GREY, marker="o", markersize=3, linestyle="")
-            mean = sum(own) / len(own)
-            axes.plot([mean], [k], color=BLUE, marker="D", markersize=6, zorder=3)
-            axes.annotate(
-                f"{mean:.1f}", (1.02, k), xycoords=axes.get_yaxis_transform(), va="center"
-            )
-        axes.set_yticks(range(len(rows)), names)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0)
-        counts = max(len(own) for _, own in rows)
-        over = f"over {counts} data sets" if counts > 1 else "on one data set"
-        axes.set_xlabel(f"rank by {LABELS.get(measure, measure)}, mean {over} (1 is best)")
-        axes.grid(axis="x", alpha=0.3)
-        axes.margins(x=0.06)
+    def draw(axes: Any, k: int) -> str:
+        own = rows[k][1]
+        mean = sum(own) / len(own)
+        axes.plot([min(own), max(own)], [k, k], color=GREY, linewidth=1, zorder=1)
+        axes.plot(own, [k] * len(own), color=GREY, marker="o", markersize=3, linestyle="")
+        axes.plot([mean], [k], color=BLUE, marker="D", markersize=6, zorder=3)
+        return f"{mean:.1f}"
 
-    return _drawn(path, size, draw)
+    label = f"rank by {LABELS.get(measure, measure)}, mean {over} (1 is best)"
+    return _one_by_one([name for name, _ in rows], path, draw, label)
 
 
 def differences(
@@ -289,29 +261,39 @@ def differences(
     Raises:
         DataError: no variants.
     """
-    if not rows:
-        what = "there are no differences to draw"
-        raise DataError(what)
-    names = [_wrapped(name, 34, 2) for name, _ in rows]
-    longest = max(len(line) for name in names for line in name.splitlines())
-    size = (4.2 + 0.068 * longest, 1.2 + 0.34 * len(rows))
 
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
+    def draw(axes: Any, k: int) -> str:
+        value, low, high = rows[k][1]
+        face = BLUE if low > 0 or high < 0 else "white"
         axes.axvline(0.0, color=GREY, linewidth=1, linestyle="--", zorder=0)
-        for k, (_, (value, low, high)) in enumerate(rows):
-            sure = low > 0 or high < 0
-            axes.plot([low, high], [k, k], color=BLUE, linewidth=1.5, marker="|", markersize=7)
-            face = BLUE if sure else "white"
-            axes.plot([value], [k], color=BLUE, marker="o", markersize=6, markerfacecolor=face)
-            axes.annotate(
-                f"{value:+.3f}", (1.02, k), xycoords=axes.get_yaxis_transform(), va="center"
-            )
-        axes.set_yticks(range(len(rows)), names)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.plot([low, high], [k, k], color=BLUE, linewidth=1.5, marker="|", markersize=7)
+        axes.plot([value], [k], color=BLUE, marker="o", markersize=6, markerfacecolor=face)
+        return f"{value:+.3f}"
+
+    label = f"{LABELS.get(measure, measure)}: cached minus variant (95 % interval)"
+    return _one_by_one([name for name, _ in rows], path, draw, label)
+
+
+def _one_by_one(
+    names: Sequence[str], path: Path, draw: Callable[[Any, int], str], label: str
+) -> Path:
+    """A line per name, drawn by `draw`, which returns the number that stands beside it."""
+    if not names:
+        what = "there is nothing to draw"
+        raise DataError(what)
+    wrapped = [_wrapped(name, 36, 2) for name in names]
+    longest = max(len(line) for name in wrapped for line in name.splitlines())
+
+    def whole(figure: Any) -> None:
+        axes = figure.subplots()
+        for k in range(len(names)):
+            beside = draw(axes, k)
+            axes.annotate(beside, (1.02, k), xycoords=axes.get_yaxis_transform(), va="center")
+        axes.set_yticks(range(len(names)), wrapped)
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
-        axes.set_xlabel(f"{LABELS.get(measure, measure)}: cached minus variant (95 % interval)")
+        axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
         axes.margins(x=0.08)
 
-    return _drawn(path, size, draw)
+    return _drawn(path, (4.4 + 0.068 * longest, 1.2 + 0.34 * len(names)), whole)

@@ -144,7 +144,7 @@ def test_no_global_state_is_touched(tmp_path: Path) -> None:
 def test_nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no epochs to draw"):
         figures.training_curves([], tmp_path / "a.png")
-    with pytest.raises(DataError, match="no methods to draw"):
+    with pytest.raises(DataError, match="nothing to draw"):
         figures.methods([], tmp_path / "a.png")
     with pytest.raises(DataError, match="no cases to evaluate"):
         figures.reliability_diagram(np.zeros((0, 2)), np.zeros(0, dtype=int), tmp_path / "a.png")

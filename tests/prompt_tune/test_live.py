@@ -306,6 +306,9 @@ class Counting:
         self.rows["key_value"] += entered.shape[:-1].numel()
         return self.block.key_value(entered, bias=bias)
 
+    def query_key_value(self, entered):
+        return torch.cat([self.query(entered), self.key_value(entered)], dim=-1)
+
     def close(self, x, attended):
         self.rows["close"] += attended.shape[0] * attended.shape[1]
         return self.block.close(x, attended)

@@ -1,7 +1,6 @@
 """Seeds and grids in one process: each run is the one it would be alone."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -20,21 +19,6 @@ from prompt_tune.tuning import tune
 CILMP = {
     "name": "cilmp", "text_depth": 2, "visual_depth": 0, "prefix": 1, "suffix": 1, "rank": 2,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def problem(
-    tmp_path_factory: pytest.TempPathFactory, toy: ModuleType, tiny_models: ModuleType
-) -> Iterator[SimpleNamespace]:
-    folder = tmp_path_factory.mktemp("many")
-    toy.cache(folder / "toy.h5")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VADEMECUM_HOME", str(folder / "home"))
-        yield SimpleNamespace(
-            data=str(toy.images(folder / "images")),
-            knowledge=folder / "toy.h5",
-            backbone=tiny_models.tiny_assembled(folder / "backbone"),
-        )
 
 
 def recipe_of(problem: SimpleNamespace, **changes: object) -> TuneRecipe:

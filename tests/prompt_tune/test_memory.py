@@ -1,6 +1,6 @@
 """Predicted memory against what autograd really keeps, and what follows from it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -182,21 +182,6 @@ def test_checkpoints_keep_about_the_inputs() -> None:
 
 def test_free_memory_is_some() -> None:
     assert 2**24 < free_bytes(torch.device("cpu")) < 2**50
-
-
-@pytest.fixture(scope="module")
-def problem(
-    tmp_path_factory: pytest.TempPathFactory, toy: ModuleType, tiny_models: ModuleType
-) -> Iterator[SimpleNamespace]:
-    folder = tmp_path_factory.mktemp("problem")
-    toy.cache(folder / "toy.h5")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VADEMECUM_HOME", str(folder / "home"))
-        yield SimpleNamespace(
-            data=str(toy.images(folder / "images")),
-            knowledge=folder / "toy.h5",
-            backbone=tiny_models.tiny_assembled(folder / "backbone"),
-        )
 
 
 def recipe(problem: SimpleNamespace, **train: Any) -> TuneRecipe:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -38,22 +37,6 @@ OURS = {
     "eval/test/reliability.png", "eval/test-9/metrics.json", "eval/test-9/samples.json",
     "eval/test-9/predictions.csv", "eval/test-9/confusion.png", "eval/test-9/reliability.png",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def problem(
-    tmp_path_factory: pytest.TempPathFactory, toy: ModuleType, tiny_models: ModuleType
-) -> Iterator[SimpleNamespace]:
-    folder = tmp_path_factory.mktemp("run-folder")
-    toy.cache(folder / "toy.h5")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VADEMECUM_HOME", str(folder / "home"))
-        yield SimpleNamespace(
-            folder=folder,
-            data=str(toy.images(folder / "images")),
-            knowledge=folder / "toy.h5",
-            backbone=tiny_models.tiny_assembled(folder / "backbone"),
-        )
 
 
 def recipe_of(problem: SimpleNamespace, **changes: object) -> TuneRecipe:

@@ -1,9 +1,8 @@
 """What a run is put together from: classes, splits, devices, and where a smoke run goes on."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -25,22 +24,6 @@ from prompt_tune.tuning import RunResult, tune
 CILMP = {
     "name": "cilmp", "text_depth": 1, "visual_depth": 0, "prefix": 1, "suffix": 1, "rank": 2,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def problem(
-    tmp_path_factory: pytest.TempPathFactory, toy: ModuleType, tiny_models: ModuleType
-) -> Iterator[SimpleNamespace]:
-    folder = tmp_path_factory.mktemp("setup")
-    toy.cache(folder / "toy.h5")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VADEMECUM_HOME", str(folder / "home"))
-        yield SimpleNamespace(
-            data=str(toy.images(folder / "images")),
-            knowledge=folder / "toy.h5",
-            backbone=tiny_models.tiny_assembled(folder / "backbone"),
-            classes=toy.CLASSES,
-        )
 
 
 def recipe_of(problem: SimpleNamespace, **changes: object) -> TuneRecipe:

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -32,23 +31,6 @@ from prompt_tune.tuning import tune
 CILMP = {
     "name": "cilmp", "text_depth": "full", "visual_depth": 0, "prefix": 2, "suffix": 2, "rank": 2,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def problem(
-    tmp_path_factory: pytest.TempPathFactory, toy: ModuleType, tiny_models: ModuleType
-) -> Iterator[SimpleNamespace]:
-    folder = tmp_path_factory.mktemp("problem")
-    content = toy.cache(folder / "toy.h5")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VADEMECUM_HOME", str(folder / "home"))
-        yield SimpleNamespace(
-            folder=folder,
-            data=str(toy.images(folder / "images")),
-            knowledge=folder / "toy.h5",
-            content=content,
-            backbone=tiny_models.tiny_assembled(folder / "backbone"),
-        )
 
 
 def _recipe(problem: SimpleNamespace, **changes: object) -> TuneRecipe:

@@ -6,8 +6,9 @@
 The loop takes one class at a time: the library's own greedy `generate`, then a second pass over
 prompt and answer with all hidden states, of which the last token's are kept. Contenders take turns,
 in an order that alternates. Seconds are wall clock; the ratio of processor times is printed too,
-because it does not see what else the machine does. Memory is the highest resident set while a
-contender works. Rows that need a GPU say "not measured" without one.
+because it does not see what else the machine does, and the share of peak on a CPU is of processor
+time for the same reason. Memory is the highest resident set while a contender works. Rows that need
+a GPU say "not measured" without one.
 """
 
 import argparse
@@ -166,16 +167,16 @@ def measured(found: dict[str, float]) -> Any:
 
 
 def peak_gemm(dtype: torch.dtype, device: str) -> float:
-    """The best matrix product of a few sizes, operations per second."""
-    best = 0.0
+    """The best matrix product of a few sizes, operations per second; on a CPU of the processor."""
+    best, clock = 0.0, time.process_time if device == "cpu" else time.perf_counter
     for size in (1024, 2048):
         a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
         for _ in range(5):
-            began = time.perf_counter()
+            began = clock()
             torch.mm(a, b)
             if device != "cpu":
                 torch.cuda.synchronize()
-            best = max(best, 2 * size**3 / (time.perf_counter() - began))
+            best = max(best, 2 * size**3 / (clock() - began))
     return best
 
 
@@ -214,7 +215,8 @@ def compare(options: argparse.Namespace, device: str) -> dict[str, Any]:
         row["entries_per_second"] = options.questions / row["seconds"]
         row["tokens_per_second"] = (tokens if task == "generate" else texts) / row["seconds"]
         if task == "read":
-            row["share_of_peak"] = 2 * matrices * texts / row["seconds"] / rate
+            seconds = row["processor" if device == "cpu" else "seconds"]
+            row["share_of_peak"] = 2 * matrices * texts / seconds / rate
     rows = [{"way": way, "task": task, **found[way, task]} for way, task in names]
     return {"rows": rows, "same_answers": same, "answer_tokens": tokens, "peak_gemm": rate}
 

@@ -13,6 +13,8 @@ with visual prompts from 20 steps. A second table has the parts of an epoch, all
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
@@ -266,7 +268,10 @@ def epoch(bench: Bench) -> dict[str, float]:
 
     def epochs(count: int) -> None:
         few = spec.model_copy(update={"epochs": count})
-        with tempfile.TemporaryDirectory(dir=bench.folder) as name:
+        with (
+            tempfile.TemporaryDirectory(dir=bench.folder) as name,
+            contextlib.redirect_stderr(io.StringIO()),  # progress
+        ):
             train(method, cached, None, few, folder=Path(name), digest="")
 
     probe = setup("linear-probe", shots)

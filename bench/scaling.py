@@ -30,7 +30,7 @@ CLASSES, BATCH = 8, 4
 SIZES = {
     "classes": (2, 5, 10, 20, 40),
     "images": (1, 2, 4, 8, 16),
-    "rows": (8, 16, 32, 40, 48, 56, 64),
+    "rows": (8, 16, 32, 64),
     "shots": (1, 2, 4, 8, 16),
 }
 TITLES = {
@@ -44,6 +44,14 @@ LABELS = {
     "images": "images in the batch",
     "rows": "knowledge rows per class",
     "shots": "images per class (shots)",
+}
+
+
+WHY = {
+    "classes": "products of the stages' parameters, once a step however many classes read them",
+    "images": "what a step does once whatever its batch: those products, and the visual prompts",
+    "rows": "rows are keys of rank 8 that the few live name tokens look at, and no more",
+    "shots": "an epoch of up to 32 images is one step, and the text side of a step reads no image",
 }
 
 
@@ -114,6 +122,14 @@ def fixed_share(points: Sequence[Point]) -> tuple[float, float]:
     return a, b
 
 
+def growth(fixed: float, each: float) -> str:
+    """Where the growth is linear, in words."""
+    line = f"about {max(fixed, 0):.3f} s and {1e3 * each:.1f} ms for each;"
+    if fixed < each / 2:
+        return f"{line} linear from the first on. Apart from it:"
+    return f"{line} linear only well beyond {fixed / each:.0f}. The fixed part:"
+
+
 def table(found: dict[str, list[Point]]) -> str:
     """Markdown: every panel, with its exponents and its straight line."""
     titles = "what grows | size | seconds | exponent | kept GB | exponent"
@@ -134,7 +150,7 @@ def draw(found: dict[str, list[Point]], file: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.1), layout="constrained")
@@ -153,7 +169,9 @@ def draw(found: dict[str, list[Point]], file: Path) -> None:
         axis.set_xticks(sizes)
         axis.xaxis.set_major_formatter(plain)
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(plain)
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.tick_params(labelsize=8)
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
@@ -182,7 +200,7 @@ def main() -> None:
         kept = [n for n in sizes if options.most is None or n <= options.most]
         found[panel] = measure(backbone, panel, kept, options.repeats)
         fixed, each = fixed_share(found[panel])
-        print(f"{LABELS[panel]}: {fixed:.3f} s + {each:.4f} s each, roughly", flush=True)
+        print(f"{LABELS[panel]}: {growth(fixed, each)} {WHY[panel]}.", flush=True)
     print(f"\n{table(found)}")
     draw(found, options.figure)
     if options.json:

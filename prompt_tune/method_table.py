@@ -119,14 +119,14 @@ class MethodTable:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """The run folders among some folders and what lies up to two levels below them.
+    """The run folders among some folders and what lies up to three levels below them.
 
     Raises:
         RunError: a folder holds no run.
     """
     found: list[Path] = []
     for folder in folders:
-        depths = (RUN, f"*/{RUN}", f"*/*/{RUN}")
+        depths = (RUN, f"*/{RUN}", f"*/*/{RUN}", f"*/*/*/{RUN}")
         runs = sorted(p.parent for d in depths for p in folder.glob(d))
         if not runs:
             what = "no run here"

@@ -27,19 +27,27 @@ class Comparison:
     text: str
 
 
+def _knowledge_label(knowledge: dict[str, Any], *, rows: bool) -> str:
+    control = knowledge["control"]
+    if control == "none":
+        return ", no knowledge"
+    replaced = control if control in {"shuffled", "random"} else ""
+    if not rows:
+        return f", {replaced}" if replaced else ""
+    raw = ", raw" if knowledge["scale"] == "raw" else ""
+    return f", {knowledge['rows']} {replaced}".rstrip() + raw
+
+
 def run_label(run: dict[str, Any]) -> str:
-    """What a run did, in a few words: method, rows, control, condition."""
+    """What a run did, in a few words: method, what it read of the cache, control, condition."""
     method, knowledge = run["recipe"]["method"], run["recipe"]["knowledge"]
     label = str(method["name"])
     if method.get("ensemble"):
         label += ", ensemble"
+    if method.get("source", "template") != "template":
+        label += f", {method['source']}"
     if "cache" in run["bindings"]:
-        control = knowledge["control"]
-        label += ", no knowledge" if control == "none" else f", {knowledge['rows']}"
-        if control in {"shuffled", "random"}:
-            label += f" {control}"
-        if control != "none" and knowledge["scale"] == "raw":
-            label += ", raw"
+        label += _knowledge_label(knowledge, rows="block" in run["bindings"]["cache"])
     if method.get("condition") == "none":
         label += ", no image condition"
     if method["name"] == "zero-shot" and "alignment" in run["backbone"]["notes"]:

@@ -66,7 +66,7 @@ def is_enough(text: str, rules: Rules) -> bool:
     line = _line(text)
     if not line:
         return False
-    if "\n" in text.lstrip() or len(words(line)) > rules.max_words + 1:
+    if "\n" in text.lstrip() or len(words(kept(text, rules))) > rules.max_words:
         return True
     broken = rules.form == "phrase" and _BREAK.search(line, 1) is not None
     return broken or _first_sentence(line) is not None
@@ -78,7 +78,8 @@ def kept(text: str, rules: Rules) -> str:
     line = _first_sentence(line) or line
     if rules.form == "sentence":
         return line
-    return _BEFORE.sub("", _BREAK.split(line, maxsplit=1)[0].rstrip(".")).strip("\"”'*_ ")
+    phrase = re.sub('["“”*]', "", _BREAK.split(line, maxsplit=1)[0].rstrip("."))
+    return _BEFORE.sub("", phrase).strip("'_ ")
 
 
 def names_class(text: str, name: str) -> bool:

@@ -84,6 +84,8 @@ def test_everything_else_stays_and_the_source_is_told(sealed, tmp_path):
     report = add_texts(sealed, file, tmp_path / "new.h5", ABOUT)
     assert (report.empty, report.duplicates) == (1, 1)
     assert "empty, left out: 1; duplicates, kept: 1" in report.describe()
+    spelt = written(tmp_path / "s.json", {**TEXTS, "a-b.c": ["\u00c5", "A\u030a"]})
+    assert add_texts(sealed, spelt, tmp_path / "s.h5", ABOUT).duplicates == 2
     with KnowledgeCache.open(sealed) as a, KnowledgeCache.open(tmp_path / "new.h5") as b:
         for name, block in a.blocks.items():
             assert b.blocks[name].id == block.id

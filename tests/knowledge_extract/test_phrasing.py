@@ -14,9 +14,14 @@ QUESTION = "What is the typical colour of a basophil in microscopy?"
     [
         (" The cell is dark. It is", "The cell is dark.", "cell is dark"),
         ("1. - **A large cell**\nB", "A large cell", "large cell"),
-        ("It is 3.5 µm wide, i.e. small. Yes", "It is 3.5 µm wide, i.e. small.", "It is 3.5 µm wide"),
+        (
+            "It is 3.5 µm wide, i.e. small. Yes",
+            "It is 3.5 µm wide, i.e. small.",
+            "It is 3.5 µm wide",
+        ),
         ('"usually a pale blue (or violet)"', "usually a pale blue (or violet)", "pale blue"),
         ("well-rounded - and flat", "well-rounded - and flat", "well-rounded"),
+        ('a "spindle" cell, red', 'a "spindle" cell, red', "spindle cell"),
         ("\n", "", ""),
     ],
 )
@@ -35,7 +40,8 @@ def test_what_is_kept(answer, sentence, phrase):
         (" It is large, e.g.", False, True),
         ("\n", False, False),
         ("dark\n", True, True),
-        (" one two three four five six seven", False, True),
+        (" one two three four five six", False, True),
+        (" usually a two three four five six", False, False),
     ],
 )
 def test_when_no_more_tokens_are_needed(answer, sentence, phrase):
@@ -56,7 +62,11 @@ def test_when_no_more_tokens_are_needed(answer, sentence, phrase):
         ("Sure, here is a list of features.", SENTENCE, "not about the question"),
         ("I'm sorry but I cannot see.", SENTENCE, "not about the question"),
         ("typical colour", PHRASE, "repeats the question"),
-        ("What is the typical colour of a basophil in microscopy?", SENTENCE, "repeats the question"),
+        (
+            "What is the typical colour of a basophil in microscopy?",
+            SENTENCE,
+            "repeats the question",
+        ),
         ("basophilic granules", PHRASE, "names the class"),
         ("The basophil is dark.", SENTENCE, ""),
         ("dark blue", PHRASE, ""),

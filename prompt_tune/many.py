@@ -123,8 +123,15 @@ def _plain(value: Any) -> str:
 
 
 def _chosen(recipe: TuneRecipe, choices: Mapping[str, Any]) -> TuneRecipe:
-    """The recipe of one combination; a seed is that of the run and of its sample list."""
+    """The recipe of one combination; a seed is that of the run and of its sample list.
+
+    `{seed}` in `backbone.aligned` is the seed: alignment may see a run's own images only, so runs
+    of several samples have a backbone each.
+    """
     data = recipe.model_dump(mode="json")
+    if "seed" in choices and data["backbone"].get("aligned"):
+        of_seed = data["backbone"]["aligned"].replace("{seed}", str(choices["seed"]))
+        data["backbone"]["aligned"] = of_seed
     for key, value in choices.items():
         for place in ("seed", "samples.seed") if key == "seed" else (key,):
             data = apply_overrides(data, [f"{place}={json.dumps(value)}"])

@@ -194,3 +194,11 @@ def test_options_that_would_be_ignored(problem, tmp_path, options, match) -> Non
     result = CliRunner().invoke(cli.app, line)
     assert isinstance(result.exception, RecipeError)
     assert match in str(result.exception)
+
+
+def test_a_backbone_for_each_seed(problem: SimpleNamespace) -> None:
+    recipe = recipe_of(problem, backbone={"aligned": "towers/backbone-{seed}"})
+    found = [many._chosen(recipe, {"seed": seed}).backbone.aligned for seed in (3, 12)]
+    assert [str(f) for f in found] == ["towers/backbone-3", "towers/backbone-12"]
+    unseeded = many._chosen(recipe, {"train.lr": 0.1}).backbone.aligned
+    assert str(unseeded) == "towers/backbone-{seed}"

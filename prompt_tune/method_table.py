@@ -1,6 +1,7 @@
 """`compare`: methods over seeds and data sets, with paired tests and average ranks."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +181,9 @@ def _grouped(folders: Sequence[Path], split: str) -> dict[tuple[str, str], Seede
     for folder in folders:
         run = runs[folder] = read_run(folder)
         plain = {k: v for k, v in run["recipe"].items() if k != "backbone"}
-        # By its name: where alignment sees a run's own images, every seed has a backbone.
-        recipes[folder] = {"backbone": run["backbone"]["name"], **_without_seeds(plain)}
+        # Where alignment sees a run's own images, every seed has a backbone, named after it.
+        tower = re.sub(rf"(?<!\d){run['recipe']['seed']}(?!\d)", "{seed}", run["backbone"]["name"])
+        recipes[folder] = {"backbone": tower, **_without_seeds(plain)}
         key = (str(run["bindings"]["dataset"]), repr(sorted(recipes[folder].items())))
         groups.setdefault(key, []).append(folder)
     labels = _labels([(runs[g[0]], recipes[g[0]]) for g in groups.values()])

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -90,6 +91,17 @@ def test_only_a_lead_that_holds_is_bold(world: SimpleNamespace) -> None:
     two = compare_methods([same, world.root / "four"], split="test")
     names = {row["method"] for row in two.tables[0].rows}
     assert names == {"coop (samples.shots=3)", "coop (samples.shots=4)"}
+
+
+def test_backbones_named_after_the_seed_are_one(world: SimpleNamespace, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        folder = tmp_path / f"tower-{seed}"
+        shutil.copytree(world.folder, folder)
+        recipe = recipe_of(folder, {"name": "zero-shot"})
+        out = tmp_path / "runs"
+        tune_many(recipe, combinations((seed,), {}), data=world.data, out=out, split="test")
+    (row,) = compare_methods([tmp_path / "runs"], split="test").tables[0].rows
+    assert row["seeds"] == [1, 2]
 
 
 def test_what_cannot_be_compared(world: SimpleNamespace, tmp_path: Path) -> None:

@@ -126,8 +126,8 @@ def growth(fixed: float, each: float) -> str:
     """Where the growth is linear, in words."""
     line = f"about {max(fixed, 0):.3f} s and {1e3 * each:.1f} ms for each;"
     if fixed < each / 2:
-        return f"{line} linear from the first on. Apart from it:"
-    return f"{line} linear only well beyond {fixed / each:.0f}. The fixed part:"
+        return f"{line} linear from the first on. The little that is fixed:"
+    return f"{line} what is fixed weighs as much as {fixed / each:.0f} of them:"
 
 
 def table(found: dict[str, list[Point]]) -> str:

@@ -18,7 +18,7 @@ is affine in z, and k, K, A h, A R do not depend on the image. K is linear in h,
     K[o, i] = sum_d (W2[o, d] U2[d, i]) h[d],
 
 so that one product of the rows with the tables of all stages gives every k and K. Dropout falls on
-the D elements of h': training builds them, one stage and group at a time (`row_dropout`).
+the D elements of h': training builds them, some stages of a group at a time (`row_dropout`).
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from prompt_tune.row_dropout import DroppedProjection
 from prompt_tune.towers import Stage
 
+BUILT = {"cpu": 2**22, "cuda": 2**29}
+"""Bytes of intervened rows that dropout builds at a time; a CPU is faster inside its caches."""
 KeptRows = tuple[Tensor | None, Tensor | None]
 """Keep-masks of the prefix and the suffix rows, `[classes, rows, batch, width]`."""
 
@@ -204,24 +206,28 @@ def prompt_stages(
             )
             low[name] = [x.unflatten(0, (rows.classes, -1)).permute(2, 0, 1, 3) for x in found]
     middle = _mapped(rows.middle, down)
+    bases = _stack([p.B for p in projections]).transpose(1, 2).unbind()
     return [
-        Stage(context, prefix, suffix, between, basis=p.B.T)
-        for context, prefix, suffix, between, p in zip(
-            contexts, low["prefix"], low["suffix"], middle, projections, strict=True
+        Stage(context, prefix, suffix, between, basis=basis)
+        for context, prefix, suffix, between, basis in zip(
+            contexts, low["prefix"], low["suffix"], middle, bases, strict=True
         )
     ]
 
 
 def changes(
-    group: Sequence[Intervention], h: Float[Tensor, "rows width"], v: Float[Tensor, "batch image"]
+    group: Sequence[Intervention],
+    h: Float[Tensor, "rows width"],
+    v: Float[Tensor, "batch image"],
+    rotation: Float[Tensor, "stages width rank"],
 ) -> Float[Tensor, "stages rows #batch rank"]:
     """`delta = k + K z` of each stage, in the coordinates of its `R`; batch 1 unconditioned."""
     dtype, width, count = h.dtype, h.shape[1], len(group)
 
     def all_stages(name: str) -> Tensor:
-        return torch.stack([getattr(one, name).to(dtype) for one in group])
+        return _stack([getattr(one, name).to(dtype) for one in group])
 
-    w, b, rotation = all_stages("W"), all_stages("b"), all_stages("R").transpose(1, 2)
+    w, b, rotation = all_stages("W"), all_stages("b"), rotation.to(dtype).transpose(1, 2)
     if not group[0].conditional:
         return (_mapped(h, w - rotation) + b[:, None])[:, :, None]
     w1, w2 = w.split(width, dim=-1)
@@ -242,8 +248,8 @@ def project(
     down: Float[Tensor, "stages rank width"],
 ) -> Float[Tensor, "stages rows #batch rank"]:
     """`A h'` of each stage without dropout: nothing of the rows' width is built per image."""
-    inner = down @ torch.stack([one.R for one in group])
-    delta = changes(group, h, v)
+    rotation = _stack([one.R for one in group])
+    inner, delta = down @ rotation, changes(group, h, v, rotation)
     moved = (delta.flatten(1, 2) @ inner.transpose(1, 2)).view_as(delta)
     return _mapped(h, down)[:, :, None] + moved
 
@@ -259,16 +265,45 @@ def project_dropped(
 ) -> list[Float[Tensor, "rows batch rank"]]:
     """`A h'` with dropout on every element of h', for each stage, image, class and row anew.
 
-    Without `kept`, a stage's mask is drawn from a seed that torch's global generator gives.
+    As many stages are taken at once, or rows of one, as `BUILT` allows. Without `kept`, the masks
+    of each such block are drawn from a seed that torch's global generator gives: they depend on the
+    sizes and the kind of device, not on the memory there is.
     """
-    found = []
-    for i, (one, delta) in enumerate(zip(group, changes(group, h, v).unbind(), strict=True)):
-        given = None if kept is None else kept[i]
-        mask: int | Tensor
-        mask = int(torch.randint(2**62, ())) if given is None else given.reshape(len(h), len(v), -1)
-        every = delta.expand(-1, len(v), -1).contiguous()
-        found.append(DroppedProjection.apply(h, every, one.R, down[i], dropout, mask))
+    rotation = _stack([one.R for one in group])
+    delta = changes(group, h, v, rotation).expand(-1, -1, len(v), -1)
+    most = BUILT.get(h.device.type, 2**29) // (len(v) * h.shape[1] * h.element_size())
+    some, own = max(1, most // len(h)), max(1, most)
+    found: list[Tensor] = []
+    tables = zip(
+        *(_split(x, some, 0) for x in (delta, rotation, down / (1 - dropout))), strict=True
+    )
+    for k, (moves, turn, onto) in enumerate(tables):
+        parts = []
+        for i, (rows, move) in enumerate(zip(h.split(own), _split(moves, own, 1), strict=True)):
+            mask: Tensor | int = int(torch.randint(2**62, ())) if kept is None else 0
+            if kept is not None:
+                given = [_given(one, h, v).split(own)[i] for one in kept[k * some : (k + 1) * some]]
+                mask = torch.stack(given)
+            args = rows, move.contiguous(), turn, onto, dropout, mask
+            parts.append(DroppedProjection.apply(*args))
+        found += (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).unbind()
     return found
+
+
+def _split(x: Tensor, size: int, dim: int) -> Sequence[Tensor]:
+    """`x` in pieces; itself where it is one."""
+    return (x,) if x.shape[dim] <= size else x.split(size, dim=dim)
+
+
+def _given(kept: Tensor | None, h: Tensor, v: Tensor) -> Bool[Tensor, "rows batch width"]:
+    assert kept is not None  # noqa: S101 - masks are given for all stages that have rows
+    return kept.reshape(len(h), len(v), -1)
+
+
+def _stack(parameters: Sequence[Tensor]) -> Tensor:
+    """The parameters of all stages; their gradients are brought in order at once."""
+    stacked = torch.stack(list(parameters))
+    return stacked.flatten().view_as(stacked)
 
 
 def _mapped(

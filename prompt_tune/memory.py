@@ -13,16 +13,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from prompt_tune.execution import Execution, Precision
-from prompt_tune.method import Method
-from prompt_tune.towers import PromptLayout
-from prompt_tune.towers.live import Block
-
-SHARE = 0.7  # of the memory that is free: gradients and what an operation needs come on top
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,6 @@ class TextStep:
         source: width of the language model.
         groups: of intervened rows.
         conditional: whether interventions read the image.
-        dropout: whether rows are dropped.
     """
 
     tower: Tower
@@ -130,7 +123,6 @@ class TextStep:
     source: int = 0
     groups: int = 0
     conditional: bool = False
-    dropout: bool = False
 
     def some(self, size: int) -> "TextStep":
         """The most expensive `size` classes that stand together."""
@@ -147,7 +139,7 @@ class TextStep:
         if not self.rank:
             return 0
         table = self.stages * self.source * self.rank * 4
-        own = (3 if self.conditional else 0) + (0 if self.dropout else 1)
+        own = 4 if self.conditional else 1
         rows = self.batch * sum(self.rows) * self.stages * (3 * self.rank + 3) * 4
         return table * (1 + self.groups * own) + rows
 
@@ -224,7 +216,7 @@ def _gb(count: int) -> str:
 
 
 def plan(
-    image: ImageStep | None, text: TextStep | None, execution: Execution, budget: int
+    images: Sequence[ImageStep], texts: Sequence[TextStep], execution: Execution, budget: int
 ) -> Plan:
     """The first way to run a step that fits: as it is, then class chunks, then image checkpoints.
 
@@ -232,72 +224,19 @@ def plan(
     """
     precision = execution.precision
     sizes: list[int | None] = [None]
-    classes = len(text.names) if text is not None else 1
+    classes = max((len(text.names) for text in texts), default=1)
     while classes > 1:
         classes = -(-classes // 2)
         sizes.append(classes)
     ways = []
-    for checkpoint in (False, True) if image is not None and image.stages else (False,):
-        of_image = image.kept(precision, checkpoint=checkpoint) if image is not None else 0
+    for checkpoint in (False, True) if images else (False,):
+        of_images = sum(image.kept(precision, checkpoint=checkpoint) for image in images)
         for size in sizes:
-            of_text = text.kept(precision, classes=size) if text is not None else 0
+            of_texts = sum(text.kept(precision, classes=size) for text in texts)
             chosen = replace(execution, class_chunk=size, checkpoint_image=checkpoint)
-            ways.append((chosen, of_image + of_text))
+            ways.append((chosen, of_images + of_texts))
     fitting = [way for way in ways if way[1] <= budget] or [min(ways, key=lambda way: way[1])]
     return Plan(fitting[0][0], ways[0][1], fitting[0][1], budget)
-
-
-def sides(method: Method, batch: int) -> tuple[ImageStep | None, TextStep | None]:
-    """The sides of a method's step, from its layout, stages, rows and visual prompts.
-
-    What a method does beside one pass through each tower is not known here.
-    """
-    backbone = method.backbone
-    image = text = None
-    visual: Sequence[torch.Tensor] = list(getattr(method, "visual_prompt", ()))
-    if visual:
-        size = _size(backbone.image.blocks, backbone.image.width, backbone.image.dtype)
-        image = ImageStep(size, batch, backbone.image.tokens, len(visual[0]), len(visual))
-    layout = getattr(method, "layout", None)
-    if isinstance(layout, PromptLayout):
-        text = _text(method, layout, batch)
-    return image, text
-
-
-def _text(method: Method, layout: PromptLayout, batch: int) -> TextStep:
-    tower, settings = method.backbone.text, method.config
-    causal = tower.kind == "causal"
-    known: Any = getattr(method, "rows", None)
-    conditional = known is not None and getattr(settings, "condition", "none") == "image"
-    groups = sum(getattr(settings, name, 0) > 0 for name in ("prefix", "suffix"))
-    dropout = known is not None and getattr(settings, "dropout", 0) > 0 and groups > 0
-    return TextStep(
-        _size(tower.blocks, tower.width, tower.dtype),
-        batch if (conditional and groups) or dropout else 1,
-        names=tuple(len(ids) + (1 if causal else 2) for ids in layout.name_ids),
-        rows=layout.row_counts,
-        context=layout.parts["context"].longest if "context" in layout.parts else 0,
-        stages=len(getattr(method, "stage", ())) or 1,
-        causal=causal,
-        pooled=None if len(tower.reads) > 1 else 1,
-        rank=getattr(settings, "rank", 0) if known is not None else 0,
-        source=known.prefix.shape[1] if known is not None else 0,
-        groups=groups,
-        conditional=conditional,
-        dropout=dropout,
-    )
-
-
-def _size(blocks: Sequence[Block], width: int, dtype: torch.dtype) -> Tower:
-    first = blocks[0]
-    return Tower(width, first.hidden, first.heads, len(blocks), dtype.itemsize)
-
-
-def planned(method: Method, batch: int, *, max_gb: float | None = None) -> Plan:
-    """How a method's step runs on its backbone's device within `max_gb`, or what is free."""
-    backbone = method.backbone
-    budget = int(SHARE * free_bytes(backbone.device)) if max_gb is None else int(max_gb * 1e9)
-    return plan(*sides(method, batch), backbone.image.execution, budget)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -33,38 +32,42 @@ def draw_kept(shape: tuple[int, ...], dropout: float, seed: int, device: torch.d
 
 
 class DroppedProjection(torch.autograd.Function):
-    """`A Dropout(h + R delta)`; the row of width D is rebuilt in the backward.
+    """`A (m * (h + R delta))` of several stages; rows of width D are rebuilt in the backward.
 
-    `kept` is a mask, or the seed to draw it from.
+    `kept` is the mask m, or the seed to draw it from with odds `dropout`; nothing is divided by
+    1 - p here.
     """
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes by position
         ctx: Any,
         h: Float[Tensor, "rows width"],
-        delta: Float[Tensor, "rows batch rank"],
-        rotation: Float[Tensor, "width rank"],
-        down: Float[Tensor, "rank width"],
+        delta: Float[Tensor, "stages rows batch rank"],
+        rotation: Float[Tensor, "stages width rank"],
+        down: Float[Tensor, "stages rank width"],
         dropout: float,
         kept: Tensor | int,
-    ) -> Tensor:
+    ) -> Float[Tensor, "stages rows batch rank"]:
         """The dropped rows in the coordinates of `down`."""
         ctx.dropout, ctx.kept = dropout, kept
         ctx.save_for_backward(h, delta, rotation, down)
         mask = DroppedProjection._mask(ctx, h, delta)
         x = DroppedProjection._dropped(h, delta, rotation, mask)
-        return (x @ down.T).div_(1 - dropout)
+        return torch.bmm(x, down.transpose(1, 2)).view_as(delta)
 
     @staticmethod
     def _mask(ctx: Any, h: Tensor, delta: Tensor) -> Tensor:
         if isinstance(ctx.kept, Tensor):
             return ctx.kept
-        shape = (len(h), delta.shape[1], h.shape[1])
-        return draw_kept(shape, ctx.dropout, ctx.kept, h.device)
+        return draw_kept((*delta.shape[:3], h.shape[1]), ctx.dropout, ctx.kept, h.device)
 
     @staticmethod
-    def _dropped(h: Tensor, delta: Tensor, rotation: Tensor, mask: Tensor) -> Tensor:
-        return (delta @ rotation.T).add_(h[:, None]).mul_(mask)
+    def _dropped(
+        h: Tensor, delta: Tensor, rotation: Tensor, mask: Tensor
+    ) -> Float[Tensor, "stages rows*batch width"]:
+        x = torch.bmm(delta.flatten(1, 2), rotation.transpose(1, 2))
+        x.view(mask.shape).add_(h[:, None]).mul_(mask)
+        return x
 
     @staticmethod
     @once_differentiable
@@ -73,10 +76,12 @@ class DroppedProjection(torch.autograd.Function):
         h, delta, rotation, down = ctx.saved_tensors
         mask = DroppedProjection._mask(ctx, h, delta)
         x = DroppedProjection._dropped(h, delta, rotation, mask)
-        grad = grad / (1 - ctx.dropout)
-        grad_down = grad.flatten(0, 1).T @ x.flatten(0, 1)
-        inner = torch.matmul(grad, down, out=x).mul_(mask)
+        grad = grad.flatten(1, 2)
+        grad_down = torch.bmm(grad.transpose(1, 2), x)
+        inner = torch.bmm(grad, down, out=x)
+        inner.view(mask.shape).mul_(mask)
         # Products of long rows: several times as fast as with the long dimension first.
-        grad_rotation = (delta.flatten(0, 1).T @ inner.flatten(0, 1)).T
-        grad_delta = F.linear(inner, rotation.T.contiguous())
+        grad_rotation = torch.bmm(delta.flatten(1, 2).transpose(1, 2), inner).transpose(1, 2)
+        across = rotation.transpose(1, 2).contiguous().transpose(1, 2)
+        grad_delta = torch.bmm(inner, across).view_as(delta)
         return None, grad_delta, grad_rotation, grad_down, None, None

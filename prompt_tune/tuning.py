@@ -18,10 +18,10 @@ from prompt_tune import figures
 from prompt_tune.checkpoint import FORMAT, RUN, STATE, WEIGHTS, read_run, write_json
 from prompt_tune.execution import Execution, executing
 from prompt_tune.loop import train
-from prompt_tune.memory import planned
 from prompt_tune.method import Method
 from prompt_tune.published import averaged_backbone
 from prompt_tune.recipe import TuneRecipe
+from prompt_tune.rehearsal import planned
 from prompt_tune.run_folder import CURVES, SAMPLES, absolute, clear
 from prompt_tune.seeds import make_deterministic
 from prompt_tune.setup import Setup, binding_digest, prepare
@@ -84,6 +84,8 @@ def _execution(setup: Setup, earlier: Mapping[str, Any]) -> Execution:
     if (known := earlier.get("execution")) is not None:
         return Execution.from_json(known)
     chosen = planned(method, min(spec.batch_size, len(setup.train)), max_gb=spec.max_gb)
+    if chosen is None:
+        return usual
     say(chosen.describe())
     return chosen.execution
 

@@ -30,6 +30,12 @@ class KeyValue:
     parts: tuple[Part, ...]
     key: Float[Tensor, "b c heads m d"]
     value: Float[Tensor, "b c heads m d"]
+    both: Float[Tensor, "2 b c heads m d"] | None = None
+
+    @property
+    def stacked(self) -> Float[Tensor, "2 b c heads m d"]:
+        """Key and value as one tensor."""
+        return torch.stack([self.key, self.value]) if self.both is None else self.both
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -143,6 +149,11 @@ class SharedKeyValue:
     table: KeyValue
     rows: Float[Tensor, "b c m e"]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Images and classes."""
+        return self.rows.shape[0], self.rows.shape[1]
+
     def apart(self) -> tuple[KeyValue, LowRankKeyValue]:
         """The shared ones, and the rows with their basis."""
         count = self.table.key.shape[3] - self.rows.shape[3]
@@ -168,6 +179,15 @@ def hidden(
     Dimensions along which nothing changes may have size 1. A padded key is never seen; a padded
     query sees every real key, so that its softmax is finite.
     """
+    first, asked = queries[0], (tuple(queries), tuple(keys), device, causal)
+    if asked not in first.hidden:
+        first.hidden[asked] = _hidden(queries, keys, device, causal=causal)
+    return first.hidden[asked]
+
+
+def _hidden(
+    queries: Sequence[Part], keys: Sequence[Part], device: torch.device, *, causal: bool
+) -> Bool[Tensor, "c n m"] | None:
     at_key = _cat_positions(keys)
     seen = at_key[:, None, :] >= 0
     if causal:
@@ -198,24 +218,24 @@ def attend(
     few = 3 * query.shape[3] < 2 * query.shape[4]
     if len(keys) == 2 and few:
         first, second = keys
-        if isinstance(first, KeyValue) and isinstance(second, SharedKeyValue):
-            if first.shape == own == (second.rows.shape[0], second.rows.shape[1]):
-                return _mixed(query, first, second, unseen)
-    keys = [one for k in keys for one in (k.apart() if isinstance(k, SharedKeyValue) else (k,))]
-    shapes = [own, *(k.shape for k in keys)]
+        known = isinstance(first, KeyValue) and isinstance(second, SharedKeyValue)
+        if known and first.shape == own == second.shape:
+            return _mixed(query, first, second, unseen)  # type: ignore[arg-type]
+    every = [one for k in keys for one in (k.apart() if isinstance(k, SharedKeyValue) else (k,))]
+    shapes = [own, *(k.shape for k in every)]
     full = max(b for b, _ in shapes), max(c for _, c in shapes)
-    small = any(isinstance(k, LowRankKeyValue) or k.shape != full for k in keys)
+    small = any(isinstance(k, LowRankKeyValue) or k.shape != full for k in every)
     # Scores, their softmax and one copy, against keys and values: 3 heads n < 2 heads d.
     if small and few:
-        return _by_part(query, keys, unseen, full)
-    return _fused(query.expand(*full, -1, -1, -1), [k.dense() for k in keys], unseen)
+        return _by_part(query, every, unseen, full)
+    return _fused(query.expand(*full, -1, -1, -1), [k.dense() for k in every], unseen)
 
 
 def _mixed(
     query: Tensor, own: KeyValue, shared: SharedKeyValue, unseen: Tensor | None
 ) -> Float[Tensor, "b c heads n d"]:
     table, rows = shared.table, shared.rows.to(query.dtype)
-    tensors = query, own.key, own.value, table.key[0, 0], table.value[0, 0], rows
+    tensors = query, own.stacked, table.stacked.flatten(1, 3), rows
     with torch.autocast(query.device.type, enabled=False):
         out: Tensor = MixedAttention.apply(*tensors, unseen)
     return out
@@ -224,17 +244,15 @@ def _mixed(
 def _fused(query: Tensor, keys: Sequence[KeyValue], unseen: Tensor | None) -> Tensor:
     batch, classes, heads, n, width = query.shape
 
-    def together(parts: list[Tensor]) -> Tensor:
-        full = torch.cat([p.expand(batch, classes, -1, -1, -1) for p in parts], dim=3)
-        return full.reshape(batch, classes * heads, -1, width)
-
+    every = [k.stacked.expand(-1, batch, classes, -1, -1, -1) for k in keys]
+    key, value = torch.cat(every, dim=4).reshape(2, batch, classes * heads, -1, width).unbind()
     mask = None
     if unseen is not None:
         mask = ~unseen[:, None].expand(classes, heads, -1, -1).flatten(0, 1)[None]
     out = F.scaled_dot_product_attention(
         query.reshape(batch, classes * heads, n, width),
-        together([k.key for k in keys]),
-        together([k.value for k in keys]),
+        key,
+        value,
         attn_mask=mask,
     )
     return out.reshape(batch, classes, heads, n, width)

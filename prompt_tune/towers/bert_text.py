@@ -41,6 +41,10 @@ class BertBlock:
         pair = [F.linear(entered, low(one.weight), low(one.bias) if bias else None) for one in both]
         return torch.cat(pair, dim=-1)
 
+    def query_key_value(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n 3w"]:
+        """Query, key and value projections, in this order."""
+        return torch.cat([self.query(entered), self.key_value(entered)], dim=-1)
+
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
         return self.closing(self.layer, x, attended)

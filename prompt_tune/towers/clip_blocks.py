@@ -67,6 +67,10 @@ class ClipBlock:
         """Key projection, then value projection, with or without their biases."""
         return self._project(entered, slice(entered.shape[-1], None), bias=bias)
 
+    def query_key_value(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n 3w"]:
+        """Query, key and value projections, in this order."""
+        return self._project(entered, slice(None))
+
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
         return self.closing(self.block, x, attended)
@@ -81,9 +85,10 @@ class ClipBlock:
 
     @staticmethod
     def _mlp(mlp: Any, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
-        if type(mlp.gelu) is not QuickGELU or torch.compiler.is_compiling():
-            return mlp(x)
         first, second = mlp.c_fc, mlp.c_proj
+        trained = first.weight.requires_grad
+        if type(mlp.gelu) is not QuickGELU or trained or torch.compiler.is_compiling():
+            return mlp(x)
         weights = [low(w) for w in (first.weight, first.bias, second.weight, second.bias)]
         out: Tensor = _QuickMlp.apply(x.to(weights[0].dtype), *weights)
         return out

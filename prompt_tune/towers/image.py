@@ -4,7 +4,7 @@ import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -39,8 +39,9 @@ class ImageTower(ABC):
     zeroed = 0
 
     def __init__(self, module: nn.Module, image_size: int | Sequence[int]) -> None:
-        frozen = module.eval().requires_grad_(requires_grad=False)
-        self.module = frozen.to(memory_format=torch.channels_last)  # the patch embedding is faster
+        frozen: Any = module.eval().requires_grad_(requires_grad=False)
+        last = torch.channels_last  # the patch embedding is faster
+        self.module: nn.Module = frozen.to(memory_format=last)
         size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
         if len(set(size)) != 1:
             raise ModelError(

@@ -15,6 +15,7 @@ import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float
@@ -56,6 +57,9 @@ class Block(Protocol):
 
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
+
+    def query_key_value(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n 3w"]:
+        """Query, key and value projections, in this order."""
 
     @staticmethod
     def closing(block: Any, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
@@ -146,6 +150,20 @@ def _groups(
     return [(classes, tuple(names)) for (_, classes), names in groups.items()]
 
 
+_BIASES: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _biases(block: Block, shared: int, basis: int, like: Float[Tensor, "1 n 2w"]) -> Tensor:
+    """The biases of key and value, but zeros at the vectors of a basis; made once."""
+    known, asked = _BIASES.setdefault(block, {}), (shared, basis, like.dtype, like.device)
+    if asked not in known:
+        bias = block.key_value(like.new_zeros(1, 1, like.shape[-1] // 2))
+        known[asked] = bias.repeat(1, like.shape[1], 1).to(like.dtype)
+        known[asked][:, shared : shared + basis] = 0
+    return known[asked]
+
+
 class _Keys:
     """Keys and values, projected when first seen and at the shape of their stream."""
 
@@ -155,6 +173,7 @@ class _Keys:
         self.projected: list[list[Stream]] = [[] for _ in entered]
         self.bases: dict[int, KeyValue] = {}
         self.tables: dict[int, KeyValue] = {}
+        self.whole: dict[int, KeyValue] = {}
 
     def of(self, parts: Sequence[Part]) -> list[Keys | SharedKeyValue]:
         """Those of some parts; the rows of one basis together."""
@@ -175,6 +194,18 @@ class _Keys:
             keys.append(self._shared(*together))
         return keys
 
+    def with_queries(self, names: Collection[str], classes: int) -> Float[Tensor, "b c n w"] | None:
+        """The queries of a whole stream, projected with its keys and values where there are few."""
+        for k, s in enumerate(self.entered):
+            if {p.name for p in s.parts} == set(names) and isinstance(s, Stream):
+                few = sum(p.longest for p in s.parts) * 3 * self.block.heads < 2 * s.x.shape[-1]
+                if few and all(p.classes == classes > 1 for p in s.parts) and not self.projected[k]:
+                    every = Stream(self.block.query_key_value(s.x), s.parts).table()
+                    query, own = every.split([s.x.shape[-1], 2 * s.x.shape[-1]], dim=-1)
+                    self.whole[k] = self._key_value(s.parts, own)
+                    return query
+        return None
+
     def _together(self, names: Collection[str]) -> tuple[int, int] | None:
         """What all images and classes share, and rows whose basis goes with it, if all is seen."""
         shared, low = [], []
@@ -192,17 +223,18 @@ class _Keys:
         assert isinstance(stream, Stream)  # noqa: S101 - see `_together`
         assert isinstance(low, LowRank) and low.shift is not None  # noqa: S101, PT018
         if of_rows not in self.tables:
-            every = [stream.x[0], low.basis.to(low.dtype), low.shift[None].to(low.dtype)]
-            linear = self.block.key_value(torch.cat(every)[None], bias=False)
-            zero = torch.zeros_like(low.shift)[None, None].to(low.dtype)
-            biased = linear.new_ones(linear.shape[1], 1)
-            biased[len(every[0]) : -1] = 0
-            linear = linear + biased * self.block.key_value(zero)
+            shared, basis = stream.x.flatten(0, 1), low.basis.to(low.dtype)
+            every = torch.cat([shared, basis, low.shift[None].to(low.dtype)])[None]
+            linear = self.block.key_value(every, bias=False)
+            linear = linear + _biases(self.block, len(shared), len(basis), linear)
             self.tables[of_rows] = self._key_value(stream.parts, linear[:, None])
         parts = (*stream.parts, *low.parts)
         return SharedKeyValue(parts, self.tables[of_rows], low.table())
 
     def _written_out(self, k: int, stream: Stream) -> Iterator[KeyValue]:
+        if k in self.whole and stream.parts == self.whole[k].parts:
+            yield self.whole[k]
+            return
         known, names = self.projected[k], {p.name for p in stream.parts}
         missing = names - {p.name for s in known for p in s.parts}
         if missing:
@@ -230,7 +262,9 @@ class _Keys:
 
     def _key_value(self, parts: tuple[Part, ...], x: Float[Tensor, "b c m 2w"]) -> KeyValue:
         table = x.unflatten(-1, (2, self.block.heads, -1))
-        return KeyValue(parts, *table.permute(3, 0, 1, 4, 2, 5).unbind(0))
+        both = table.permute(3, 0, 1, 4, 2, 5)
+        key, value = both.unbind()
+        return KeyValue(parts, key, value, both)
 
 
 class _Step:
@@ -249,10 +283,11 @@ class _Step:
         entered = _select(self.entered, names).over(classes)
         parts = here.parts
         last = max(parts, key=lambda p: p.rank)
+        query = self.keys.with_queries(names, classes)
+        if query is None:
+            query = Stream(self.block.query(entered.x), parts).table()
         seen = self.keys.of(_visible(last, self.keys.parts, causal=self.causal))
         mask = self._mask(parts, [p for k in seen for p in k.parts], here.x.device)
-
-        query = Stream(self.block.query(entered.x), parts).table()
         query = query.unflatten(-1, (self.block.heads, -1)).transpose(2, 3)
         out = attend(query, seen, mask).transpose(2, 3).flatten(-2)
         return Stream(self.block.close(here.x, Stream.packed(out, parts).x), parts)

@@ -72,6 +72,7 @@ class Part:
         self._tables: dict[torch.device, _Tables] = {}
         self._sides: dict[tuple[tuple[Part, ...], torch.device], _Side] = {}
         self._over: dict[int, Part] = {}
+        self.hidden: dict[Any, Tensor | None] = {}  # of attention, for queries of this part
 
     def over(self, classes: int) -> "Part":
         """The same part, repeated for every class where it was shared."""

@@ -33,6 +33,10 @@ class TimmBlock:
         """Key projection, then value projection, with or without their biases."""
         return self._project(entered, slice(self.block.attn.attn_dim, None), bias=bias)
 
+    def query_key_value(self, entered: Float[Tensor, "b n w"]) -> Float[Tensor, "b n 3w"]:
+        """Query, key and value projections, in this order."""
+        return self._project(entered, slice(None))
+
     def close(self, x: Float[Tensor, "b n w"], attended: Float[Tensor, "b n w"]) -> Tensor:
         """The block's output from its input and the attended values."""
         return self.closing(self.block, x, attended)

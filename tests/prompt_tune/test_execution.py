@@ -3,6 +3,7 @@
 import copy
 import shutil
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,17 +12,35 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from prompt_tune import interventions
 from prompt_tune.backbone import Backbone, BackboneSpec, load_backbone
 from prompt_tune.execution import Execution, executing
+from prompt_tune.interventions import Intervention
 from prompt_tune.method import Batch, KnowledgeRows, Problem
 from prompt_tune.methods.cilmp import CILMP, CilmpConfig
 from prompt_tune.methods.coop import CoOp, CoopConfig
 from prompt_tune.towers.live import compiled
+from prompt_tune.towers.lowrank import LowRank
 
 NAMES = ("skin", "large round cell", "basophil nucleus with dark granules", "normal", "cell")
 WIDTH = 20
 SMALL: dict[str, Any] = {"prefix": 2, "suffix": 1, "rank": 3, "visual_prompts": 2}
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers any operation has produced."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
 QUICK = settings(
     max_examples=8,
     deadline=None,
@@ -165,21 +184,86 @@ def test_bf16_is_near_float64_in_logits_and_gradients(
     assert {g.dtype for g in grads.values()} == {torch.float32}
 
 
-def test_coordinates_and_norms_of_rows_stay_fp32(backbones: dict[str, Backbone]) -> None:
-    from prompt_tune.towers.lowrank import LowRank
+@QUICK
+@given(
+    most=st.integers(1, 40),
+    stages=st.integers(1, 4),
+    rows=st.integers(1, 7),
+    batch=st.integers(1, 4),
+)
+def test_dropout_does_not_depend_on_how_many_rows_are_built_at_once(
+    most: int, stages: int, rows: int, batch: int
+) -> None:
+    g = torch.Generator().manual_seed(most)
 
-    backbone = executing(backbones["clip"], Execution("bf16"))
-    method, seen = cilmp(backbone), []
-    table = LowRank.table
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).double()
 
-    def spy(self: LowRank) -> Tensor:
-        seen.append((self.rows.x.dtype, self.basis.dtype, table(self).dtype))
-        return table(self)
+    torch.manual_seed(4)
+    group = [Intervention(WIDTH, 3, 5).double() for _ in range(stages)]
+    h, v = draw(rows, WIDTH), draw(batch, 5).requires_grad_()
+    down = draw(stages, 3, WIDTH).requires_grad_()
+    weight = draw(stages, rows, batch, 3)
+    kept = [torch.rand(rows, batch, WIDTH, generator=g) > 0.3 for _ in group]
+    inputs = [v, down, *(p for one in group for p in one.parameters())]
+    results = []
+    for built in (2**30, most * 8 * batch * WIDTH):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(interventions.BUILT, "cpu", built)
+            out = torch.stack(interventions.project_dropped(group, h, v, down, 0.3, kept=kept))
+            results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+            with Largest() as seen:
+                drawn = interventions.project_dropped(group, h, v, down, 0.3)
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-11)
+    assert seen.numbers <= max(most * batch * WIDTH, stages * rows * WIDTH, 12 * stages * WIDTH)
+    assert all(not torch.equal(a, b) for a, b in zip(drawn, results[0][0].detach()))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LowRank, "table", spy)
-        method.logits(batch_of(backbone))
-    assert set(seen) == {(torch.float32,) * 3}
+
+class Operations(TorchDispatchMode):
+    """Counts what is not a view; on a GPU each is about a kernel."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = ("empty", "detach", "view", "promote_types", "reshape")
+        out = func(*args, **(kwargs or {}))
+        viewed = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+        )
+        self.count += not viewed and not any(name in func.__name__ for name in made)
+        return out
+
+
+def test_operations_of_a_step_do_not_grow_with_images_and_classes(
+    tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    place = tiny_models.tiny_clip(tmp_path / "clip", layers=12, width=256)
+    backbone, counts = load_backbone(BackboneSpec(folder=str(place))), []
+    for size, classes in ((2, 3), (3, 5)):
+        method = cilmp(backbone, (4, 6, 3, 5, 4)[:classes], dropout=0.1)
+        batch = batch_of(backbone, size)
+        step(method, batch, Execution())  # what is made once is made
+        with Operations() as seen:
+            method.loss(batch).backward()
+        counts.append(seen.count)
+    assert abs(counts[1] - counts[0]) < 10
+    assert max(counts) <= 1700
+
+
+def test_coordinates_and_norms_of_rows_stay_fp32(
+    backbones: dict[str, Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, seen, table = cilmp(backbones["clip"], dropout=0.0), list[Tensor](), LowRank.table
+    monkeypatch.setattr(LowRank, "table", lambda rows: seen.append(table(rows)) or seen[-1])
+    v = torch.nn.functional.normalize(torch.randn(3, 24), dim=-1)
+    texts = []
+    for precision in ("fp32", "bf16"):
+        method.backbone = executing(backbones["clip"], Execution(precision))
+        texts.append(method.text_features(v))
+    assert not torch.equal(*texts)
+    plain, low = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert all(torch.equal(a, b) for a, b in zip(plain, low))
 
 
 def test_the_other_runs_of_a_backbone_are_left_alone(backbones: dict[str, Backbone]) -> None:

@@ -16,12 +16,16 @@ from cache.recipe import validate
 from prompt_tune.backbone import Backbone, BackboneSpec, load_backbone
 from prompt_tune.evaluation import load_run
 from prompt_tune.execution import Execution, executing
-from prompt_tune.memory import ImageStep, TextStep, Tower, free_bytes, plan, sides
+from prompt_tune.memory import ImageStep, TextStep, Tower, free_bytes, plan
 from prompt_tune.method import Batch, KnowledgeRows, Problem
 from prompt_tune.methods.cilmp import CILMP, CilmpConfig
+from prompt_tune.methods.clip_adapter import ClipAdapter, ClipAdapterConfig
+from prompt_tune.methods.cocoop import CoCoOp, CoCoopConfig
 from prompt_tune.methods.coop import CoOp, CoopConfig
+from prompt_tune.methods.maple import MaPLe, MapleConfig
 from prompt_tune.preprocess import Preprocess
 from prompt_tune.recipe import TuneRecipe
+from prompt_tune.rehearsal import planned, rehearse
 from prompt_tune.tuning import tune
 
 NAMES = ("cell", "red cell", "small round nucleus", "lesion with irregular border")
@@ -57,8 +61,8 @@ def ratios(method: Any, batch: int, precision: Any = "fp32") -> list[float]:
     """Predicted over measured, of the text side and of the image side where it keeps anything."""
     method.backbone = executing(method.backbone, Execution(precision))
     backbone = method.backbone
-    image, text = sides(method, batch)
-    assert text is not None
+    images, (text,) = rehearse(method, batch)
+    image = images[0] if images else None
     v = torch.nn.functional.normalize(torch.randn(batch, backbone.embed_dim), dim=-1)
     v.requires_grad_(image is not None)
     features = partial_text(method, v)
@@ -120,6 +124,24 @@ def test_what_coop_keeps_is_predicted(backbones: dict[str, Backbone]) -> None:
     assert all(0.85 < ratio < 1.15 for ratio in found), found
 
 
+def test_a_rehearsal_finds_what_a_method_asks_of_the_towers(backbones: dict[str, Backbone]) -> None:
+    problem, batch = Problem(backbones["clip"], NAMES), 16
+    maple = MaPLe(MapleConfig(depth=3, n_context=2), problem)
+    images, texts = rehearse(maple, batch)
+    assert [(i.stages, i.prompts, i.batch) for i in images] == [(3, 2, 16)]
+    assert [(t.stages, t.context, t.batch) for t in texts] == [(3, 2, 1)]
+    images, texts = rehearse(CoCoOp(CoCoopConfig(), problem), batch)
+    assert (images, [t.batch for t in texts]) == ([], [16])
+    state = torch.random.get_rng_state()
+    dropped = cilmp(backbones["clip"], RAGGED, condition="none").eval()
+    torch.random.set_rng_state(state)
+    assert [t.batch for t in rehearse(dropped, batch)[1]] == [16]  # every image draws its own rows
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not dropped.training
+    assert dropped.backbone is backbones["clip"]
+    assert planned(ClipAdapter(ClipAdapterConfig(), problem), batch) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_on_vit_b_16_is_predicted(precision: str) -> None:
@@ -147,20 +169,20 @@ TEXT = TextStep(TOWER, 8, (4,) * 12, (9,) * 12, context=4, stages=6, rank=4, sou
 def test_memory_that_is_ample_changes_nothing() -> None:
     usual = Execution("bf16")
     whole = IMAGE.kept("bf16") + TEXT.kept("bf16")
-    assert plan(IMAGE, TEXT, usual, whole).execution == usual
-    assert plan(None, None, usual, 0).execution == usual
+    assert plan([IMAGE], [TEXT], usual, whole).execution == usual
+    assert plan([], [], usual, 0).execution == usual
 
 
 def test_classes_are_chunked_before_image_blocks_are_computed_again() -> None:
     usual, image = Execution(), IMAGE.kept("fp32")
-    chunked = plan(IMAGE, TEXT, usual, image + TEXT.kept("fp32", classes=6))
+    chunked = plan([IMAGE], [TEXT], usual, image + TEXT.kept("fp32", classes=6))
     assert chunked.execution == Execution(class_chunk=6)
     assert chunked.kept <= chunked.budget < chunked.needed
-    smaller = plan(IMAGE, TEXT, usual, image + TEXT.kept("fp32", classes=6) - 1)
+    smaller = plan([IMAGE], [TEXT], usual, image + TEXT.kept("fp32", classes=6) - 1)
     assert smaller.execution == Execution(class_chunk=3)
-    both = plan(IMAGE, TEXT, usual, image)
+    both = plan([IMAGE], [TEXT], usual, image)
     assert both.execution == Execution(class_chunk=6, checkpoint_image=True)
-    least = plan(IMAGE, TEXT, usual, 1)
+    least = plan([IMAGE], [TEXT], usual, 1)
     assert least.execution == Execution(class_chunk=1, checkpoint_image=True)
     assert "12 classes" not in chunked.describe()
     assert "6 classes at a time" in chunked.describe()
@@ -178,6 +200,23 @@ def test_checkpoints_keep_about_the_inputs() -> None:
     again = IMAGE.kept("fp32", checkpoint=True)
     assert plain / 4 < again < plain / 2
     assert plain == ImageStep(TOWER, 16, 50, 4, 6).kept("fp32") // 2
+
+
+def test_what_is_computed_again_is_not_kept(backbones: dict[str, Backbone]) -> None:
+    method = cilmp(backbones["clip"], RAGGED)
+    v = torch.nn.functional.normalize(torch.randn(8, 24), dim=-1).requires_grad_()
+    size = backbones["clip"].image.image_size
+    case = Batch(torch.zeros(8).long(), images=torch.randn(8, 3, size, size))
+
+    def kept(execution: Execution) -> tuple[int, int]:
+        method.backbone = executing(backbones["clip"], execution)
+        text = kept_bytes(lambda: method.text_features(v), method)
+        return text, kept_bytes(lambda: method.image_features(case), method)
+
+    text, image = kept(Execution())
+    less_text, less_image = kept(Execution(class_chunk=2, checkpoint_image=True))
+    assert less_text < 0.3 * text
+    assert less_image < 0.1 * image
 
 
 def test_free_memory_is_some() -> None:
@@ -228,7 +267,7 @@ def test_an_unfinished_run_goes_on_as_it_began(
         patch.setattr("prompt_tune.tuning.train", killed)
         with pytest.raises(KeyboardInterrupt):
             tune(recipe(problem), **where)
-    monkeypatch.setattr("prompt_tune.memory.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("prompt_tune.rehearsal.free_bytes", lambda device: 1000)
     assert tune(recipe(problem), **where).run["execution"]["class_chunk"] is None
     fresh = tune(recipe(problem), **where, overwrite=True)
     assert fresh.run["execution"]["class_chunk"] == 1

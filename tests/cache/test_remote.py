@@ -169,7 +169,7 @@ def test_a_strict_licence_needs_consent(
     provenance = {"model_gated": "yes"} | ({"model_licence": licence} if licence else {})
     blocks = {"embedded": make.BLOCKS["embedded"]}
     make.cache_at(tmp_path / "k.h5", blocks=blocks, recipe={}, provenance=provenance)
-    with pytest.raises(ValueRefusedError, match=r"licence of the source.*gated: yes.*accept-lic"):
+    with pytest.raises(ValueRefusedError, match=r"licence of a source.*gated: yes.*accept-lic"):
         push(tmp_path / "k.h5", str(tmp_path / "there.h5"), accept_privacy=True)
     assert not (tmp_path / "there.h5").exists()
     report = push(tmp_path / "k.h5", str(tmp_path / "there.h5"), accept_licence=True)

@@ -94,7 +94,12 @@ def test_a_signal_ends_the_work_at_once_and_leaves_nothing(scratch):
 
 
 def test_readers_writers_and_a_sealer_at_once(scratch):
-    found = crowd(3, scratch)
+    for seconds in (3, 15):  # a busy machine may seal nothing in the first
+        place = scratch / str(seconds)
+        place.mkdir()
+        found = crowd(seconds, place)
+        if found["seals"]:
+            break
     assert (found["lost"], found["wrong"]) == (0, 0), found["why"]
     assert found["acked"] > 10
     assert found["reads"] > 100

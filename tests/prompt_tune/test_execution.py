@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -310,9 +309,6 @@ def test_compiled_blocks_give_the_same(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_the_compiler_gives_the_same(backbones: dict[str, Backbone]) -> None:
-    loaded = sys.modules.get("distutils.core")
-    if loaded is not None and "_distutils" not in str(loaded.__file__):
-        pytest.skip("setuptools, which torch.compile needs, refuses to be imported after distutils")
     block = backbones["clip"].text.blocks[1]
     x, attended = torch.randn(2, 2, 5, 64).unbind()
     x.requires_grad_()

@@ -1,7 +1,5 @@
 """Shared by all tests."""
 
-import contextlib
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -13,8 +11,6 @@ import pytest
 from cache.torchvision_schemas import install
 
 install()
-with contextlib.suppress(ImportError):  # torch.compile needs it, and it must come before distutils
-    importlib.import_module("setuptools")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

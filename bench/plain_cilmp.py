@@ -47,7 +47,8 @@ class PlainCilmp:
         ids = [[start, *[0] * n, *tail] for tail in tails]
         self.end = torch.tensor([len(one) - 1 for one in ids])
         padded = torch.tensor([[*one, *[0] * (77 - len(one))] for one in ids])
-        self.embedded = clip.token_embedding(padded).detach()
+        table = clip.token_embedding
+        self.embedded = table(padded.to(table.weight.device)).detach()
 
     def _block(self, block: nn.Module, x: Tensor, *, causal: bool) -> Tensor:
         attn = block.attn

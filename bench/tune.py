@@ -5,8 +5,9 @@
 Contenders with the same parameters: `ours`, `batched` (plain, loop-free) and `literal` (image by
 image and row by row, as the published code is organised), on OpenAI's ViT-B/16 with random weights,
 32 rows of width 4096, depth 12 and 12, without dropout; `ours` also with the published dropout.
-Per part (text, image, whole), for one forward and backward: processor seconds (best of the
-repeats; contenders take turns), matmul GFLOP as torch counts them, bytes kept for the backward,
+Per part (text, image, whole; image at the first number of classes only), for one forward and
+backward: processor seconds (best of the repeats; contenders take turns), matmul GFLOP as torch
+counts them (attention's products too, the causal half not taken off), bytes kept for the backward,
 highest memory, operations that are no views. Logits of all contenders are compared first.
 
 What would not fit is predicted, not run: GFLOP and kept bytes from one small count (both are
@@ -21,7 +22,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,14 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # bench/cache.py is n
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 import prompt_tune  # noqa: F401 - makes torchvision importable
+from prompt_tune.seeds import make_deterministic
 
 ROWS, WIDTH, DROPOUT = 32, 4096, 0.1
 NAMES = ("cell", "red cell", "small round nucleus", "lesion with irregular border")
@@ -41,6 +47,21 @@ WAYS = ("ours", "ours with dropout", "batched", "literal")
 OVER = 1.5  # the highest memory of a step against what it keeps for the backward
 IDLE = ("_unsafe_view", "empty", "promote_types", "_local_scalar_dense")
 Forward = Callable[[], Tensor]
+Shape = Sequence[int]
+
+
+def _fused(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _fused_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+FUSED = {  # what torch counts on GPUs alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _fused_backward,
+}
 
 
 @dataclass
@@ -192,7 +213,7 @@ class Operations(TorchDispatchMode):
 def counted(case: Case, way: str, part: str) -> dict[str, float]:
     """What of one forward and backward does not depend on the machine's speed."""
     forward, saved = work(case, way, part), Saved(case)
-    with FlopCounterMode(display=False) as flops, Operations() as operations:
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as flops, Operations() as operations:
         with saved.hooks():
             loss = forward()
         gb = saved.gb
@@ -386,6 +407,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    make_deterministic(options.device)  # as `tune` does
     backbone = backbone_of(options.device, options.precision, compiled=options.compile)
     rate = matmul_rate(options.device, options.precision)
     foresee = Predictions(backbone, options.device, rate)
@@ -396,6 +418,8 @@ def main() -> None:
             small = batch * classes <= 64 and options.precision == "fp32"
             worst = compare(case) if small else None
             for part in options.parts:
+                if part == "image" and classes != options.classes[0]:
+                    continue  # the image tower knows nothing of classes
                 cells = measure(case, part, options, foresee)
                 rate = max(rate, matmul_rate(options.device, options.precision))
                 row = {"classes": classes, "batch": batch, "part": part, "cells": cells}

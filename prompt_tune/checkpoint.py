@@ -193,7 +193,8 @@ def _progress(notes: Mapping[str, str], path: Path) -> tuple[int, int, dict[str,
         history = strict_json(notes["notes"].encode())
         sound = (
             all(text.isdecimal() and text.isascii() and len(text) < 10 for text in numbers)
-            and set(history) == {"history", "best_epoch", "best_score"}
+            and set(history) - {"seconds"} == {"history", "best_epoch", "best_score"}
+            and type(history.setdefault("seconds", 0.0)) is float
             and all(isinstance(entry, dict) for entry in history["history"])
             and type(history["best_epoch"]) is int
             and type(history["best_score"]) in {int, float}

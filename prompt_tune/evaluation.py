@@ -35,7 +35,8 @@ from prompt_tune.run_folder import (
     SAMPLES,
     headline,
 )
-from prompt_tune.setup import Setup, binding_digest, prepare, split_of
+from prompt_tune.seeds import make_deterministic
+from prompt_tune.setup import Setup, made_with, prepare, split_of
 from prompt_tune.shelf import Shelf
 from prompt_tune.statistics import with_intervals
 
@@ -83,7 +84,7 @@ def load_run(
         shelf=shelf,
         backbone=backbone_place(recipe.backbone, local.get("backbone")),
     )
-    if binding_digest(recipe, setup.bindings) != run["digest"]:
+    if not made_with(run, recipe, setup.bindings):
         differs = [
             key
             for key in sorted(run["bindings"])
@@ -161,9 +162,8 @@ def _refuse_other_images(place: Path, images: ImageSplit) -> None:
 
 def predict(method: Method, cases: Cases, size: int) -> torch.Tensor:
     """Logits of every case, `[cases, classes]`, float32 on CPU."""
-    method.eval()
     rows = []
-    with torch.no_grad(), track("evaluate", len(cases)) as progress:
+    with method.predicting(), track("evaluate", len(cases)) as progress:
         for batch in cases.in_order(size):
             rows.append(method.logits(batch).float().cpu())
             progress.advance(len(batch.labels))
@@ -225,6 +225,7 @@ def evaluate_setup(
         RunError: the folder holds an evaluation on other images.
     """
     run = read_run(folder)
+    make_deterministic(setup.device)
     whole = split_of(setup.source, split, setup.source.dataset)
     if split != "train" and setup.backbone.alignment is not None:
         setup.backbone.alignment.check_disjoint(whole.digests)

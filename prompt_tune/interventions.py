@@ -23,6 +23,7 @@ the D elements of h': training builds them, some stages of a group at a time (`r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +31,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from prompt_tune.row_dropout import DroppedProjection
-from prompt_tune.towers import Stage
 
 BUILT = {"cpu": 2**22, "cuda": 2**29}
 """Bytes of intervened rows that dropout builds at a time; a CPU is faster inside its caches."""
-KeptRows = tuple[Tensor | None, Tensor | None]
-"""Keep-masks of the prefix and the suffix rows, `[classes, rows, batch, width]`."""
 
 
 class Projection(nn.Module):
@@ -89,169 +87,81 @@ def _linear(inputs: int, outputs: int, precision: torch.dtype) -> tuple[nn.Param
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes of a prompt stage.
+class Changes:
+    """`delta = k + K z` of each stage, in the coordinates of its `R`, up to the image.
 
     Attributes:
-        source: width of the hidden rows.
-        text: width of the text tower.
-        image: width of the image feature, or None for interventions that do not read it.
-        context: number of context tokens.
-        prefix: how many of a class's first rows are intervened.
-        suffix: how many of its last rows.
-        rank: of interventions and projection.
+        k: `[stages, rows, rank]`.
+        turned: K, `[stages, rows * rank, rank]`, and U1 and b1 of all stages; None without image.
     """
 
-    source: int
-    text: int
-    image: int | None
-    context: int
-    prefix: int
-    suffix: int
-    rank: int
+    k: Tensor
+    turned: tuple[Tensor, Tensor, Tensor] | None
+
+    @classmethod
+    def of(
+        cls,
+        group: Sequence[Intervention],
+        h: Float[Tensor, "rows width"],
+        rotation: Float[Tensor, "stages width rank"],
+    ) -> Self:
+        """Of the interventions of one group, one for each stage, on all of its rows."""
+        dtype, width = h.dtype, h.shape[1]
+
+        def all_stages(name: str) -> Tensor:
+            return stacked([getattr(one, name).to(dtype) for one in group])
+
+        w, b, rotation = all_stages("W"), all_stages("b"), rotation.to(dtype).transpose(1, 2)
+        if not group[0].conditional:
+            return cls(mapped(h, w - rotation) + b[:, None], None)
+        w1, w2 = w.split(width, dim=-1)
+        fixed = w1 + w2 * all_stages("b2")[:, None] - rotation
+        table = (w2[:, :, None] * all_stages("U2").transpose(1, 2)[:, None]).flatten(1, 2)
+        rank = w.shape[1]
+        k, turned = mapped(h, torch.cat([fixed, table], dim=1)).split([rank, rank**2], dim=-1)
+        u1, b1 = all_stages("U1").flatten(0, 1), all_stages("b1").flatten()
+        return cls(k + b[:, None], (turned.reshape(len(group), -1, rank), u1, b1))
+
+    def given(self, v: Float[Tensor, "batch image"]) -> Float[Tensor, "stages rows #batch rank"]:
+        """The changes for each image; batch 1 unconditioned."""
+        if self.turned is None:
+            return self.k[:, :, None]
+        turned, u1, b1 = self.turned
+        z = F.linear(v, u1, b1).unflatten(1, (len(turned), -1)).permute(1, 2, 0)
+        moved = (turned @ z).unflatten(1, self.k.shape[1:])
+        return self.k[:, :, None] + moved.transpose(2, 3)
 
 
-class Rows(nn.Module):
-    """The frozen hidden rows of all classes, apart by group; they follow the module's device.
+@dataclass(frozen=True)
+class Fixed:
+    """`A h'` of each stage without dropout, up to the image: nothing of it has the rows' width.
 
-    Args:
-        values: per class, `[rows, width]`, at least `prefix + suffix` rows each.
-        prefix: rows of the first group.
-        suffix: rows of the last group.
+    Attributes:
+        inner: A R, `[stages, rank, rank]`.
+        changes: delta, up to the image.
+        base: A h, `[stages, rows, rank]`.
     """
 
-    prefix: Float[Tensor, "classes*prefix width"]
-    suffix: Float[Tensor, "classes*suffix width"]
-    middle: Float[Tensor, "rows width"]
+    inner: Tensor
+    changes: Changes
+    base: Tensor
 
-    def __init__(self, values: tuple[Tensor, ...], prefix: int, suffix: int) -> None:
-        super().__init__()
-        self.classes = len(values)
-        ends = [len(h) - suffix for h in values]
-        for name, parts in (
-            ("prefix", [h[:prefix] for h in values]),
-            ("suffix", [h[n:] for h, n in zip(values, ends, strict=True)]),
-            ("middle", [h[prefix:n] for h, n in zip(values, ends, strict=True)]),
-        ):
-            self.register_buffer(name, torch.cat(parts), persistent=False)
+    @classmethod
+    def of(
+        cls,
+        group: Sequence[Intervention],
+        h: Float[Tensor, "rows width"],
+        down: Float[Tensor, "stages rank width"],
+    ) -> Self:
+        """Of the interventions of one group, one for each stage, on all of its rows."""
+        rotation = stacked([one.R for one in group])
+        return cls(down @ rotation, Changes.of(group, h, rotation), mapped(h, down))
 
-
-class PromptStage(nn.Module):
-    """The prompt tokens at one block's input: context, and the class's rows where there are any.
-
-    A stage has parameters of its own and shares them between all classes. Every stage starts again
-    from the same frozen rows, not from the output of the stage before.
-    """
-
-    def __init__(
-        self, sizes: Sizes, *, rows: bool = True, precision: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__()
-        self.context = nn.Parameter(torch.empty(sizes.context, sizes.text))
-        nn.init.normal_(self.context, std=0.02)
-        self.prefix = self.suffix = self.projection = None
-        if rows:
-            new = (sizes.source, sizes.rank, sizes.image)
-            if sizes.prefix:
-                self.prefix = Intervention(*new, precision=precision)
-            if sizes.suffix:
-                self.suffix = Intervention(*new, precision=precision)
-            self.projection = Projection(sizes.source, sizes.text, sizes.rank)
-
-    def forward(
-        self,
-        rows: Rows | None,
-        v: Float[Tensor, "batch image"],
-        *,
-        dropout: float = 0.0,
-        kept: KeptRows | None = None,
-    ) -> Stage:
-        """This stage alone; see `prompt_stages`."""
-        return prompt_stages([self], rows, v, dropout=dropout, kept=kept and [kept])[0]
-
-
-def prompt_stages(
-    stages: Sequence[PromptStage],
-    rows: Rows | None,
-    v: Float[Tensor, "batch image"],
-    *,
-    dropout: float = 0.0,
-    kept: Sequence[KeptRows] | None = None,
-) -> list[Stage]:
-    """The tokens of all stages, rows in coordinates; with dropout above 0 drawn for every image.
-
-    Args:
-        stages: of equal sizes.
-        rows: the frozen rows, or None.
-        v: normalised image features.
-        dropout: the rate.
-        kept: per stage, keep-masks of the prefix and suffix rows instead of drawn ones.
-    """
-    contexts = [s.context.to(v.dtype) for s in stages]
-    projections = [s.projection for s in stages if s.projection is not None]
-    if rows is None or not projections:
-        return [Stage(context) for context in contexts]
-    down = torch.stack([p.A for p in projections])
-    low: dict[str, Sequence[Tensor | None]] = {}
-    for i, name in enumerate(("prefix", "suffix")):
-        group: list[Intervention] = [g for s in stages if (g := getattr(s, name)) is not None]
-        h: Tensor = getattr(rows, name)
-        low[name] = [None] * len(stages)
-        if group:
-            masks = None if kept is None else [pair[i] for pair in kept]
-            found = (
-                project_dropped(group, h, v, down, dropout, kept=masks)
-                if dropout
-                else project(group, h, v, down)
-            )
-            low[name] = [x.unflatten(0, (rows.classes, -1)).permute(2, 0, 1, 3) for x in found]
-    middle = _mapped(rows.middle, down)
-    bases = _stack([p.B for p in projections]).transpose(1, 2).unbind()
-    return [
-        Stage(context, prefix, suffix, between, basis=basis)
-        for context, prefix, suffix, between, basis in zip(
-            contexts, low["prefix"], low["suffix"], middle, bases, strict=True
-        )
-    ]
-
-
-def changes(
-    group: Sequence[Intervention],
-    h: Float[Tensor, "rows width"],
-    v: Float[Tensor, "batch image"],
-    rotation: Float[Tensor, "stages width rank"],
-) -> Float[Tensor, "stages rows #batch rank"]:
-    """`delta = k + K z` of each stage, in the coordinates of its `R`; batch 1 unconditioned."""
-    dtype, width, count = h.dtype, h.shape[1], len(group)
-
-    def all_stages(name: str) -> Tensor:
-        return _stack([getattr(one, name).to(dtype) for one in group])
-
-    w, b, rotation = all_stages("W"), all_stages("b"), rotation.to(dtype).transpose(1, 2)
-    if not group[0].conditional:
-        return (_mapped(h, w - rotation) + b[:, None])[:, :, None]
-    w1, w2 = w.split(width, dim=-1)
-    fixed = w1 + w2 * all_stages("b2")[:, None] - rotation
-    table = (w2[:, :, None] * all_stages("U2").transpose(1, 2)[:, None]).flatten(1, 2)
-    rank = w.shape[1]
-    k, turned = _mapped(h, torch.cat([fixed, table], dim=1)).split([rank, rank**2], dim=-1)
-    u1, b1 = all_stages("U1").flatten(0, 1), all_stages("b1").flatten()
-    z = F.linear(v, u1, b1).unflatten(1, (count, -1)).permute(1, 2, 0)
-    moved = (turned.reshape(count, -1, rank) @ z).unflatten(1, (len(h), rank))
-    return (k + b[:, None])[:, :, None] + moved.transpose(2, 3)
-
-
-def project(
-    group: Sequence[Intervention],
-    h: Float[Tensor, "rows width"],
-    v: Float[Tensor, "batch image"],
-    down: Float[Tensor, "stages rank width"],
-) -> Float[Tensor, "stages rows #batch rank"]:
-    """`A h'` of each stage without dropout: nothing of the rows' width is built per image."""
-    rotation = _stack([one.R for one in group])
-    inner, delta = down @ rotation, changes(group, h, v, rotation)
-    moved = (delta.flatten(1, 2) @ inner.transpose(1, 2)).view_as(delta)
-    return _mapped(h, down)[:, :, None] + moved
+    def rows(self, v: Float[Tensor, "batch image"]) -> Float[Tensor, "stages rows #batch rank"]:
+        """The coordinates of the rows for each image; batch 1 unconditioned."""
+        delta = self.changes.given(v)
+        moved = (delta.flatten(1, 2) @ self.inner.transpose(1, 2)).view_as(delta)
+        return self.base[:, :, None] + moved
 
 
 def project_dropped(
@@ -269,8 +179,8 @@ def project_dropped(
     of each such block are drawn from a seed that torch's global generator gives: they depend on the
     sizes and the kind of device, not on the memory there is.
     """
-    rotation = _stack([one.R for one in group])
-    delta = changes(group, h, v, rotation).expand(-1, -1, len(v), -1)
+    rotation = stacked([one.R for one in group])
+    delta = Changes.of(group, h, rotation).given(v).expand(-1, -1, len(v), -1)
     most = BUILT.get(h.device.type, 2**29) // (len(v) * h.shape[1] * h.element_size())
     some, own = max(1, most // len(h)), max(1, most)
     found: list[Tensor] = []
@@ -300,13 +210,13 @@ def _given(kept: Tensor | None, h: Tensor, v: Tensor) -> Bool[Tensor, "rows batc
     return kept.reshape(len(h), len(v), -1)
 
 
-def _stack(parameters: Sequence[Tensor]) -> Tensor:
+def stacked(parameters: Sequence[Tensor]) -> Tensor:
     """The parameters of all stages; their gradients are brought in order at once."""
-    stacked = torch.stack(list(parameters))
-    return stacked.flatten().view_as(stacked)
+    joined = torch.stack(list(parameters))
+    return joined.flatten().view_as(joined)
 
 
-def _mapped(
+def mapped(
     h: Float[Tensor, "rows width"], tables: Float[Tensor, "stages q width"]
 ) -> Float[Tensor, "stages rows q"]:
     """`table h` for the tables of all stages, in one product."""

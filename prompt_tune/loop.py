@@ -7,6 +7,7 @@ computes the same numbers.
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cache.errors import RunError
 from cache.progress import track
 from prompt_tune.cases import Cases, Feed
 from prompt_tune.checkpoint import TrainState, load_state, save_state
-from prompt_tune.method import Method
+from prompt_tune.method import Batch, Method
 from prompt_tune.recipe import TrainSpec
 from prompt_tune.schedule import epoch_weights, learning_rate
 from prompt_tune.seeds import derive_seed
@@ -49,7 +50,7 @@ def new_optimizer(method: Method, spec: TrainSpec) -> torch.optim.Optimizer:
 def accuracy(method: Method, cases: Cases, size: int) -> float:
     """Share of cases whose highest logit is their label's; probability 0..1."""
     hits = 0
-    with torch.no_grad():
+    with method.predicting():
         for batch in cases.in_order(size):
             hits += int((method.logits(batch).argmax(dim=1) == batch.labels).sum())
     return hits / len(cases)
@@ -72,6 +73,7 @@ class _Progress:
         self.best: dict[str, Tensor] = {}
         self.loss_sum = torch.zeros((), dtype=torch.float64)
         self.notes: dict[str, Any] = {"history": [], "best_epoch": 0, "best_score": -1.0}
+        self.notes["seconds"] = 0.0
 
     def state(self, epoch: int, step: int) -> TrainState:
         """A snapshot; tensors are shared, not copied."""
@@ -131,7 +133,10 @@ def train(
     folder: Path,
     digest: str,
 ) -> dict[str, Any]:
-    """Trains `method` in place and returns its history and timing.
+    """Trains `method` in place and returns its history, its budget and timing.
+
+    `seconds` are of all steps, those before an interruption too; `step_seconds` and `stall_share`
+    are of the steps of this process.
 
     SGD with momentum, or AdamW, with weight decay on every trainable tensor, mean loss per batch,
     learning rate per epoch. State is saved in `folder` after every epoch (and every
@@ -153,6 +158,8 @@ def train(
     total = min(spec.epochs * per_epoch, spec.max_steps or spec.epochs * per_epoch)
     done = min((start_epoch - 1) * per_epoch + start_step, total)
     feed = Feed(cases)
+    upcoming = _batches(feed, spec.batch_size, start_epoch, start_step)
+    batch: Batch | None = None
     seconds, timed = 0.0, 0
     with track("train", total, done) as progress:
         for epoch in range(start_epoch, math.ceil(total / per_epoch) + 1):
@@ -160,25 +167,24 @@ def train(
                 group["lr"] = learning_rate(spec, epoch)
             first = start_step if epoch == start_epoch else 0
             last = min(per_epoch, total - (epoch - 1) * per_epoch)
-            batches = cases.epoch(epoch, spec.batch_size)
             for step in range(first, last):
                 began = time.perf_counter()
                 torch.manual_seed(derive_seed(cases.seed, "step", epoch, step))
                 method.train()
                 optimizer.zero_grad(set_to_none=True)
-                if step == first:
-                    batch = feed.batch(batches[step], epoch=epoch)
+                batch = next(upcoming) if batch is None else batch
                 loss = method.backward(batch)
                 optimizer.step()
-                if step + 1 < last:  # made while a GPU still works on this step
-                    batch = feed.batch(batches[step + 1], epoch=epoch)
+                if done + 1 < total:  # made while a GPU still works on this step
+                    batch = next(upcoming)
                 value = loss.double().cpu()
                 if not torch.isfinite(value):
                     what = f"the loss is {float(value)} at epoch {epoch}, step {step + 1}"
                     raise RunError(what, where=folder, do="Lower train.lr.")
                 at.loss_sum = at.loss_sum + value
                 done += 1
-                seconds, timed = seconds + time.perf_counter() - began, timed + 1
+                took, timed = time.perf_counter() - began, timed + 1
+                seconds, at.notes["seconds"] = seconds + took, at.notes["seconds"] + took
                 progress.advance(1, f"epoch {epoch}/{spec.epochs} loss {float(value):.3f}")
                 if spec.checkpoint_steps and (step + 1) % spec.checkpoint_steps == 0:
                     save_state(folder, at.state(epoch, step + 1), recipe_digest=digest)
@@ -197,7 +203,17 @@ def train(
         "step_seconds": step_seconds,
         "stall_share": feed.waited() / seconds if timed else None,
         "steps": done,
+        "images_seen": done * min(spec.batch_size, len(cases)),
+        "seconds": at.notes["seconds"],
     }
+
+
+def _batches(feed: Feed, size: int, epoch: int, step: int) -> Iterator[Batch]:
+    """The batches from a step of an epoch on, epoch after epoch."""
+    while True:
+        for images in feed.cases.epoch(epoch, size)[step:]:
+            yield feed.batch(images, epoch=epoch)
+        epoch, step = epoch + 1, 0
 
 
 def _end_of_epoch(

@@ -3,7 +3,8 @@
 A method is one file under `prompt_tune/methods/` that offers `METHOD`, a subclass of `Method`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from cache.recipe import RecipePart
 from prompt_tune.backbone import Backbone
+from prompt_tune.class_side import ClassSide
 
 
 @dataclass(frozen=True)
@@ -129,18 +131,31 @@ class Method(nn.Module):
             for all of them and has to do without.
         fitted_by: `gradient` (the training loop), `solver` (its own `fit`) or `nothing`.
         reads_images: whether it needs pixels; otherwise cached image features are enough.
+        reads_features: whether its loss reads the frozen tower's features beside pixels.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     needs: ClassVar[frozenset[Need]] = frozenset()
     fitted_by: ClassVar[Literal["gradient", "solver", "nothing"]] = "gradient"
     reads_images: bool = False
+    reads_features: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig, problem: Problem) -> None:
         super().__init__()
         self.config = config
         self.backbone = problem.backbone
         self.class_names = problem.class_names
+        self.class_side = ClassSide()
+
+    @contextmanager
+    def predicting(self) -> Iterator[None]:
+        """Evaluation mode without gradients, in which the class side is computed once.
+
+        That is whatever a method marks with `of_classes`, or asks `class_side` for.
+        """
+        self.eval()
+        with torch.no_grad(), self.class_side.kept():
+            yield
 
     @classmethod
     def needed(cls, config: MethodConfig) -> frozenset[Need]:  # noqa: ARG003

@@ -159,7 +159,9 @@ def describe_run(run: Mapping[str, Any], folder: Path) -> str:
         lines.append(f"trained    {int(counts['scalars']):,} in {counts['tensors']} tensors")
     if "step_seconds" in training and training["step_seconds"] is not None:
         step = duration(float(training["step_seconds"]))
-        lines.append(f"steps      {training.get('steps', '?')}, {step} each")
+        stall = training.get("stall_share")
+        waited = "" if stall is None else f", {float(stall):.1%} of it waiting for images"
+        lines.append(f"steps      {training.get('steps', '?')}, {step} each{waited}")
     history = training.get("history") or []
     if history:
         last = history[-1]

@@ -19,8 +19,12 @@ def permutation(count: int, *parts: int | str) -> torch.Tensor:
 
 
 def make_deterministic(device: str) -> None:
-    """Asks torch for repeatable kernels; a no-op in cost on CPU."""
+    """Asks torch for repeatable kernels; a no-op in cost on CPU.
+
+    Nothing here reads memory before writing it, so new memory is not filled first.
+    """
     if device.startswith("cuda"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(mode=True, warn_only=device.startswith("cuda"))
+    torch.utils.deterministic.fill_uninitialized_memory = False

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import platform
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from prompt_tune.recipe import TuneRecipe
 from prompt_tune.rehearsal import planned
 from prompt_tune.run_folder import CURVES, SAMPLES, absolute, clear
 from prompt_tune.seeds import make_deterministic
-from prompt_tune.setup import Setup, binding_digest, prepare
+from prompt_tune.setup import Setup, binding_digest, made_with, pick_device, prepare
 from prompt_tune.shelf import Shelf
 
 PACKAGES = ("vademecum", "torch", "open_clip_torch", "transformers", "numpy", "scikit-learn")
@@ -99,7 +100,9 @@ def _fit(setup: Setup, out: Path, digest: str) -> Mapping[str, Any]:
     if method.fitted_by == "solver":
         everything = torch.arange(len(cases))
         val_batch = val.batch(torch.arange(len(val))) if val is not None else None
-        return method.fit(cases.batch(everything), val_batch)
+        batch, began = cases.batch(everything), time.perf_counter()
+        found = method.fit(batch, val_batch)
+        return {**found, "seconds": time.perf_counter() - began}
     return train(method, cases, val, spec, folder=out, digest=digest)
 
 
@@ -125,7 +128,7 @@ def tune(
     """
     if out.is_file():
         raise RunError("the run folder is a file", where=out)
-    make_deterministic(device)
+    make_deterministic(pick_device(device))
     setup = prepare(
         recipe,
         data=data,
@@ -140,12 +143,12 @@ def tune(
         clear(out)
     elif (out / RUN).is_file():
         run = read_run(out)
-        if run.get("digest") != digest:
+        if not made_with(run, recipe, setup.bindings):
             what = "the folder holds another run"
             raise RunError(what, where=out, do="Choose another --out, or pass --overwrite.")
         if run.get("status") == "finished":
             return RunResult(out, run, None)
-        earlier = run
+        earlier, digest = run, run["digest"]
     execution = _execution(setup, earlier)
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)

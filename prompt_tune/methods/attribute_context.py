@@ -7,6 +7,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from prompt_tune.class_side import of_classes
 from prompt_tune.method import Batch, Method, Problem
 from prompt_tune.methods.attribute_prompts import ComposeConfig
 from prompt_tune.towers import PromptLayout, Stage
@@ -60,6 +61,7 @@ class AttributeContext(Method):
             row_counts=counts,
         )
 
+    @of_classes
     def text_features(self) -> Float[Tensor, "1 classes embed"]:
         """Text features of every class, before normalisation."""
         stage = Stage(None, middle=self.context[self.given])

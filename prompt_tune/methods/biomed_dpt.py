@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cache.errors import RecipeError
+from prompt_tune.class_side import of_classes
 from prompt_tune.distillation import Dataset, Protocol, Tuned, divergence, published
 from prompt_tune.method import Batch, Method, Problem
 from prompt_tune.towers import PromptLayout, Stage
@@ -103,6 +104,8 @@ class BiomedDPT(Method):
     Differs: the published launch script leaves the name in the middle of the context, which
     scrambles the prompt; the name follows the context, as its few-shot driver has it.
     Differs: an image tower that averages its patches leaves the zeroed ones out.
+    Differs: the preset trains on the test transform (`train.views: 1`); the fork draws a new random
+    crop of every image each time, never mirrored (`views: live`, `flip: false`).
     """
 
     Config = BiomedDptConfig
@@ -151,6 +154,7 @@ class BiomedDPT(Method):
         """The normalised teacher of every class."""
         return None if problem.texts is None else problem.texts.means()
 
+    @of_classes
     def text_features(self) -> Float[Tensor, "1 classes embed"]:
         """Text features of every class, before normalisation."""
         context = torch.cat([self.context, self.fixed.to(self.context.dtype)])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from cache.errors import ModelError, RecipeError
 from prompt_tune.context import start_context
-from prompt_tune.interventions import KeptRows, PromptStage, Rows, Sizes, prompt_stages
 from prompt_tune.method import Batch, KnowledgeRows, Method, MethodConfig, Problem
+from prompt_tune.prompt_stages import KeptRows, PromptStage, Rows, Sizes, prompt_stages
 from prompt_tune.towers import PromptLayout
 
 Positive = Annotated[int, Field(ge=1)]
@@ -156,7 +156,9 @@ class CILMP(Method):
         """
         dropout = self.settings.dropout if self.training or kept is not None else 0.0
         every = [self._stage(k) for k in range(len(self.stage))]
-        stages = prompt_stages(every, self.rows, v, dropout=dropout, kept=kept)
+        stages = prompt_stages(
+            every, self.rows, v, dropout=dropout, kept=kept, class_side=self.class_side
+        )
         return self.backbone.text.encode(self.layout, stages)
 
     def logits(

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from prompt_tune.class_side import of_classes
 from prompt_tune.context import start_context
 from prompt_tune.method import Batch, Method, MethodConfig, Problem
 from prompt_tune.towers import PromptLayout, Stage
@@ -31,6 +32,8 @@ class CoOp(Method):
 
     Differs: a class-specific context may also start from words, the same ones for every class; the
     published code starts it at random.
+    Differs: the preset trains on the test transform (`train.views: 1`); the published code draws a
+    new random crop of every image each time, mirrored half of the time (`views: live`).
     """
 
     Config = CoopConfig
@@ -50,6 +53,7 @@ class CoOp(Method):
             problem.backbone.text, problem.class_names, n_context=config.n_context
         )
 
+    @of_classes
     def text_features(self) -> Float[Tensor, "1 classes embed"]:
         """Text features of every class, before normalisation."""
         stage = Stage(self.context)

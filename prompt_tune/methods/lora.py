@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from prompt_tune.class_side import of_classes
 from prompt_tune.method import Batch, Method, MethodConfig, Problem
 from prompt_tune.towers import text_tower
 
@@ -109,6 +110,7 @@ class LoRA(Method):
             features = visual(batch.pixels.to(frozen.dtype))
         return F.normalize(features.to(frozen.dtype), dim=-1)
 
+    @of_classes
     def text_features(self) -> Float[Tensor, "classes embed"]:
         """Text features of every class, before normalisation or after it."""
         if self.towers == "image":

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from prompt_tune.class_side import of_classes
 from prompt_tune.context import STD, start_context
 from prompt_tune.method import Batch, Method, MethodConfig, Problem
 from prompt_tune.towers import PromptLayout, Stage
@@ -74,6 +75,7 @@ class MaPLe(Method):
         prompts = [f(p) for f, p in zip(self.coupling, self.context, strict=True)]
         return F.normalize(self.backbone.image.encode(batch.pixels, prompts), dim=-1)
 
+    @of_classes
     def text_features(self) -> Float[Tensor, "1 classes embed"]:
         """Text features of every class, before normalisation."""
         return self.backbone.text.encode(self.layout, [Stage(p) for p in self.context])

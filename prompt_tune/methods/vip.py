@@ -8,6 +8,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from prompt_tune.class_side import of_classes
 from prompt_tune.context import STD, start_context
 from prompt_tune.method import Batch, Method, MethodConfig, Problem
 from prompt_tune.seeds import derive_seed
@@ -89,6 +90,7 @@ class ViP(Method):
         """The context alone."""
         return frozenset({"context"})
 
+    @of_classes
     def text_features(self) -> Float[Tensor, "1 classes embed"]:
         """The merged features t of every class, before normalisation."""
         context = self.context[self.owner] if self.settings.class_specific else self.context

@@ -185,7 +185,12 @@ def tensors(**changes):
             "trainable/b": LIKE["trainable/b"]} | changes  # fmt: skip
 
 
-NOTES = {"history": [{"epoch": 1, "loss": 0.5}], "best_epoch": 1, "best_score": 0.5}
+NOTES = {
+    "history": [{"epoch": 1, "loss": 0.5}],
+    "best_epoch": 1,
+    "best_score": 0.5,
+    "seconds": 1.5,
+}
 
 
 def test_a_state_comes_back(tmp_path):
@@ -193,6 +198,12 @@ def test_a_state_comes_back(tmp_path):
     found = state_of(tmp_path)
     assert (found.epoch, found.step, found.notes) == (2, 3, NOTES)
     assert set(found.tensors) == set(tensors())
+
+
+def test_a_state_without_seconds_goes_on_from_none(tmp_path):
+    older = {k: v for k, v in NOTES.items() if k != "seconds"}
+    save_state(tmp_path, TrainState(2, 3, tensors(), older), recipe_digest=DIGEST)
+    assert state_of(tmp_path).notes == NOTES | {"seconds": 0.0}
 
 
 HOSTILE_STATES = {
@@ -208,6 +219,11 @@ HOSTILE_STATES = {
     "notes twice": (tensors(), {"notes": '{"history":[],"history":[]}'}, "its notes are damaged"),
     "notes other": (tensors(), {"notes": '{"a":1}'}, "its notes are damaged"),
     "notes list": (tensors(), {"notes": "[1]"}, "its notes are damaged"),
+    "seconds text": (
+        tensors(),
+        {"notes": json.dumps({**NOTES, "seconds": "1.5"})},
+        "its notes are damaged",
+    ),
     "history text": (
         tensors(),
         {"notes": json.dumps({**NOTES, "history": "abc"})},

@@ -5,16 +5,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prompt_tune.interventions import (
-    Intervention,
-    Projection,
-    PromptStage,
-    Rows,
-    Sizes,
-    project,
-    project_dropped,
-    prompt_stages,
-)
+from prompt_tune.interventions import Fixed, Intervention, Projection, project_dropped
+from prompt_tune.prompt_stages import PromptStage, Rows, Sizes, prompt_stages
 from prompt_tune.row_dropout import draw_kept
 
 ROWS, WIDTH, RANK, IMAGE, BATCH = 5, 40, 3, 6, 7
@@ -39,7 +31,7 @@ def test_without_dropout_the_low_rank_algebra_is_the_equation(image: int | None)
     one = Intervention(WIDTH, RANK, image).double()
     h, v = torch.randn(ROWS, WIDTH).double(), torch.randn(BATCH, IMAGE).double()
     down = torch.randn(RANK, WIDTH).double()
-    found, true = project([one], h, v, down[None])[0], literal(one, h, v) @ down.T
+    found, true = Fixed.of([one], h, down[None]).rows(v)[0], literal(one, h, v) @ down.T
     assert found.shape == (ROWS, BATCH if image else 1, RANK)
     assert torch.allclose(found.expand_as(true), true, rtol=0, atol=1e-12)
 

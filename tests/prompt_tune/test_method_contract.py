@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cache.errors import VademecumError
+from prompt_tune import prompt_stages
 from prompt_tune.backbone import Backbone, BackboneSpec, load_backbone
 from prompt_tune.method import Batch, ClassTexts, KnowledgeRows, Method, Problem
 from prompt_tune.methods import METHODS
 
 NAMES = ("basophil", "red blood cell", "monocyte", "normal", "platelet")  # 5: no other size is 5
 CLASSES, WIDTH, COPIES = len(NAMES), 24, 3
+PER_IMAGE = {"cilmp", "cocoop"}  # their text towers run for every image
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,34 @@ def test_logits_are_finite_and_a_batch_is_its_images_one_by_one(world: World, na
     assert found.isfinite().all()
     alone = logits(method, world.batch(method, slice(3, 4)))
     assert torch.allclose(alone, found[3:4], rtol=1e-4, atol=1e-3)
+
+
+def test_the_class_side_is_computed_once_while_predicting(
+    world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = world.build(name)
+    train(method, world, steps=1)
+    tower, seen = type(method.backbone.text), list[str]()
+
+    def spy(place: Any, call: str) -> None:
+        of = getattr(place, call)
+        monkeypatch.setattr(place, call, lambda *given: seen.append(call) or of(*given))
+
+    spy(tower, "encode")
+    spy(tower, "encode_texts")
+    spy(prompt_stages, "mapped")
+    batches = [world.batch(method, rows) for rows in (slice(2), slice(2, 5))]
+    plain = [logits(method, batch) for batch in batches]
+    seen.clear()
+    with method.predicting():
+        found = [method.logits(batches[0])]
+        before = len(seen)
+        found.append(method.logits(batches[1]))
+        assert len(seen) - before == (name in PER_IMAGE)
+    assert all(torch.equal(one, other) for one, other in zip(found, plain, strict=True))
+    seen.clear()
+    logits(method, batches[0])
+    assert len(seen) == before
 
 
 def test_training_moves_what_is_declared_and_nothing_of_the_backbone(

@@ -129,13 +129,14 @@ def test_a_run_in_words() -> None:
             "history": [{"epoch": 1, "loss": "0.5", "val_accuracy": 0.75}],
             "step_seconds": "0.25",
             "steps": 3,
+            "stall_share": "0.031",
         },
     }
     assert describe_run(run, Path("runs/x")).splitlines() == [
         "method     cilmp",
         "backbone   tiny",
         "trained    12,345 in 7 tensors",
-        "steps      3, 250 ms each",
+        "steps      3, 250 ms each, 3.1% of it waiting for images",
         "last epoch 1: loss 0.5000, validation accuracy 0.750",
         "selection  the last epoch",
         "a smoke run, not a result",

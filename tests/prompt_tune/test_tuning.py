@@ -21,11 +21,12 @@ from cache.errors import (
     UnknownNameError,
     VademecumError,
 )
-from cache.recipe import validate
+from cache.recipe import digest_of, validate
 from cache.store import KnowledgeCache
 from prompt_tune.checkpoint import STATE, WEIGHTS
 from prompt_tune.evaluation import evaluate
 from prompt_tune.recipe import TuneRecipe, load_tune_recipe
+from prompt_tune.setup import LATER, made_with
 from prompt_tune.tuning import tune
 
 CILMP = {
@@ -261,6 +262,34 @@ def test_a_finished_run_is_not_run_again(problem: SimpleNamespace, tmp_path: Pat
         _tune(problem, tmp_path / "r", _recipe(problem, method={"name": "coop"}, seed=2))
 
 
+def test_where_the_backbone_lies_is_no_part_of_a_run(
+    problem: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = _recipe(problem, method={"name": "coop"})
+    run = _tune(problem, tmp_path / "r", here)
+    monkeypatch.chdir(problem.backbone.parent)
+    there = _recipe(problem, method={"name": "coop"}, backbone={"folder": problem.backbone.name})
+    assert there.backbone != here.backbone
+    assert _tune(problem, tmp_path / "r", there) == run
+    assert not made_with(run, _recipe(problem, method={"name": "coop"}, seed=2), run["bindings"])
+
+
+def test_a_run_whose_digest_holds_the_place_of_its_backbone_is_known(
+    problem: SimpleNamespace, tmp_path: Path
+) -> None:
+    recipe = _recipe(problem, method={"name": "coop"})
+    run = _tune(problem, tmp_path / "r", recipe)
+    older = recipe.model_dump()
+    for key in LATER:
+        *tables, last = key.split(".")
+        del (older[tables[0]] if tables else older)[last]
+    bindings = {**run["bindings"], "cache": {}}
+    stored = run | {"digest": digest_of({"recipe": older, "bindings": bindings})}
+    assert stored["digest"] != run["digest"]
+    assert made_with(stored, recipe, bindings)
+    assert not made_with(stored, recipe, bindings | {"backbone": "another"})
+
+
 def test_best_validation_epoch_is_kept(problem: SimpleNamespace, tmp_path: Path) -> None:
     train = {"epochs": 4, "batch_size": 4, "lr": 0.05, "select": "best-val"}
     run = _tune(problem, tmp_path / "r", _recipe(problem, method={"name": "coop"}, train=train))
@@ -276,6 +305,7 @@ def test_a_smoke_run_says_so(problem: SimpleNamespace, tmp_path: Path) -> None:
     run = _tune(problem, tmp_path / "r", _recipe(problem, method=method, train=train))
     assert run["smoke"] is True
     assert run["training"]["steps"] == 2
+    assert run["training"]["images_seen"] == 2 * 4
     assert len(run["training"]["history"]) == 1
 
 
@@ -374,5 +404,6 @@ def test_run_json_is_strict_json_without_validation_images(
 ) -> None:
     recipe = _recipe(problem, method={"name": "linear-probe"}, samples={"shots": 4, "val_shots": 0})
     run = _tune(problem, tmp_path / "r", recipe)
-    assert run["training"] == {"strength": 1.0}
+    assert run["training"]["strength"] == 1.0
+    assert set(run["training"]) == {"strength", "seconds"}
     assert "NaN" not in (tmp_path / "r" / "run.json").read_text()

@@ -4,9 +4,10 @@
         [--datasets bloodmnist] [--budget images_seen=2560] [--write docs/methods.md]
 
 For every data set: extract its knowledge, align a backbone on each seed's own few training images,
-tune and evaluate every method of bench/methods.yaml. A cell that is finished is skipped and an
-unfinished one goes on, so the command can be stopped and repeated. A method that is refused or
-fails is a row that says so.
+tune and evaluate every method of bench/methods.yaml, then evaluate some on the other data set. A
+cell that is finished is skipped and an unfinished one goes on, so the command can be stopped,
+repeated, and run twice at once with other seeds. A method that is refused or fails is listed under
+the table.
 """
 
 import argparse
@@ -19,7 +20,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # bench/cache.py is not our cache
 
-from cache.errors import VademecumError
 from cache.recipe import read_yaml
 
 BEGIN, END = "<!-- table: python bench/methods.py -->", "<!-- end of table -->"
@@ -74,7 +74,7 @@ def cell(name: str, spec: dict[str, Any], place: Path, world: dict[str, Any]) ->
     from prompt_tune.evaluation import evaluate, metrics_file
     from prompt_tune.tuning import tune
 
-    budget, began = world["budget"], time.perf_counter()
+    budget, began = world["budget"], (time.perf_counter(), time.process_time())
     try:
         recipe = recipe_of(name, spec, budget, **world["fixed"])
         result = tune(
@@ -83,43 +83,68 @@ def cell(name: str, spec: dict[str, Any], place: Path, world: dict[str, Any]) ->
         )  # fmt: skip
         if not metrics_file(place, "test", budget["part"]).is_file():
             evaluate(place, part=budget["part"], setup=result.setup)
-    except (VademecumError, RuntimeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other cells go on
         return {"failed": f"{type(error).__name__}: {error}"}
-    return {"seconds": round(time.perf_counter() - began, 1)}
+    wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+    return {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1)}
 
 
-def run(options: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
-    """Every cell that is not finished; what failed, by data set and method."""
+def moved(place: Path, other: str, knowledge: Path, part: int) -> dict[str, Any]:
+    """A finished cell's checkpoint on the other data set, or why it cannot be evaluated there."""
+    from prompt_tune.evaluation import metrics_file
+    from prompt_tune.transfer import evaluate_on, evaluation_name
+
+    name = evaluation_name(other, "test", "all")
+    try:
+        if not metrics_file(place, name, part).is_file():
+            evaluate_on(place, data=other, knowledge=knowledge, part=part, transfer=True)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other cells go on
+        return {"failed": f"{type(error).__name__}: {error}"}
+    return {"evaluation": name}
+
+
+def recorded(out: Path, found: dict[str, Any], *names: str | int) -> None:
+    """Keeps what a cell took or why it failed; a cell that was finished before changes nothing."""
+    file = out / "cells" / ("-".join(str(n).replace(" ", "-") for n in names) + ".json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(file.read_text()) if file.is_file() else {}
+    more = found.get("cpu_seconds", 0) > old.get("cpu_seconds", 0)
+    if not old or "failed" in old or "failed" in found or more:
+        file.write_text(json.dumps({"cell": names, **found}))
+    print(*names, json.dumps(found), flush=True)
+
+
+def run(options: argparse.Namespace, plan: dict[str, Any]) -> None:
+    """Every cell that is not finished, those on cached features first."""
     from prompt_tune.shelf import Shelf
 
-    budget, failures = plan["budget"], dict[str, dict[str, str]]()
+    budget, out = plan["budget"], options.out
     methods = {**plan["cached"], **plan["pixels"]}
     chosen = options.only or list(methods)
-    for group in ("cached", "pixels"):
-        for dataset, settings in plan["datasets"].items():
-            if options.datasets and dataset not in options.datasets:
-                continue
+    datasets = {d: s for d, s in plan["datasets"].items() if d in (options.datasets or [d])}
+    caches = {d: knowledge_of(d, s["extract"], out) for d, s in plan["datasets"].items()}
+    for group in ("cached", "pixels", "transfer"):
+        for dataset in datasets:
             shelf = Shelf()
-            knowledge = knowledge_of(dataset, settings["extract"], options.out)
             classes = len(shelf.data(dataset, None).classes)
             for seed in options.seeds:
-                backbone = backbone_of(dataset, seed, budget["shots"], options.out)
+                backbone = backbone_of(dataset, seed, budget["shots"], out)
                 fixed = {"backbone": backbone, "seed": seed, "classes": classes}
-                world = dict(budget=budget, data=dataset, knowledge=knowledge, fixed=fixed,
+                world = dict(budget=budget, data=dataset, knowledge=caches[dataset], fixed=fixed,
                              shelf=shelf)  # fmt: skip
-                for name in plan[group]:
-                    if name not in chosen:
+                for name in (n for n in plan[group] if n in chosen):
+                    place = out / dataset / name.replace(" ", "-") / f"seed-{seed}"
+                    if group != "transfer":
+                        found = cell(name, methods[name] or {}, place, world)
+                        recorded(out, found, dataset, name, seed)
                         continue
-                    place = options.out / dataset / name.replace(" ", "-") / f"seed-{seed}"
-                    found = cell(name, methods[name] or {}, place, world)
-                    if "failed" in found:
-                        failures.setdefault(dataset, {})[name] = found["failed"]
-                    print(dataset, name, seed, json.dumps(found), flush=True)
-    return failures
+                    for other in (d for d in caches if d != dataset):
+                        found = moved(place, other, caches[other], budget["part"])
+                        recorded(out, found, dataset, name, seed, "on", other)
 
 
-def report(options: argparse.Namespace, plan: dict[str, Any], failures: dict[str, Any]) -> str:
-    """The tables, the failures and the figure of ranks."""
+def report(options: argparse.Namespace, plan: dict[str, Any]) -> str:
+    """The tables, what failed and how long it took."""
     from prompt_tune.checkpoint import read_run
     from prompt_tune.method_table import compare_methods, find_runs
 
@@ -130,11 +155,37 @@ def report(options: argparse.Namespace, plan: dict[str, Any], failures: dict[str
         and (run / "eval" / f"test-{part}" / "metrics.json").is_file()
     ]  # fmt: skip
     found = compare_methods(finished, split=f"test-{part}", out=options.out / "table")
-    lines = [found.text("markdown")]
-    for dataset, failed in failures.items():
-        lines += [f"Failed on {dataset}:", ""]
-        lines += [f"- {name}: {why}" for name, why in failed.items()]
+    cells = [json.loads(f.read_text()) for f in sorted((options.out / "cells").glob("*.json"))]
+    failed = [c for c in cells if "failed" in c]
+    seconds = sum(c.get("cpu_seconds", 0) for c in cells)
+    timed = sum("cpu_seconds" in c for c in cells)
+    lines = [found.text("markdown"), transfers(options.out, plan)]
+    lines += [f"- Failed: {' '.join(map(str, c['cell']))}: {c['failed']}" for c in failed]
+    lines.append(
+        f"{timed} of {len(finished)} cells were timed: {seconds / 60:.0f} processor minutes."
+    )
     return "\n\n".join(lines)
+
+
+def transfers(out: Path, plan: dict[str, Any]) -> str:
+    """Accuracy of every method's checkpoints on the data set they were not tuned on."""
+    from statistics import fmean, stdev
+
+    part, sets = plan["budget"]["part"], list(plan["datasets"])
+    pairs = [(a, b) for a in sets for b in sets if a != b]
+    lines = ["| method | " + " | ".join(f"{a} → {b}" for a, b in pairs) + " |"]
+    lines.append("|---|" + "---:|" * len(pairs))
+    for name in plan["transfer"]:
+        line = [name]
+        for home, other in pairs:
+            pattern = f"{name.replace(' ', '-')}/seed-*/eval/{other}-test-all-{part}/metrics.json"
+            files = sorted((out / home).glob(pattern))
+            values = [float(json.loads(f.read_text())["metrics"]["accuracy"]) for f in files]
+            spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+            line.append(f"{fmean(values):.3f}{spread} ({len(values)})" if values else "")
+        lines.append(f"| {' | '.join(line)} |")
+    lines += ["", f"Tuned on the first, {part} test images of the second; (number of seeds)."]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -152,14 +203,10 @@ def main() -> None:
     options = parser.parse_args()
     plan = read_yaml(ROOT / "bench" / "methods.yaml")
     plan["budget"] |= {k: int(v) for k, _, v in (b.partition("=") for b in options.budget)}
-    failed = options.out / "failures.json"
-    failures = json.loads(failed.read_text()) if failed.is_file() else {}
     if not options.report:
         options.out.mkdir(parents=True, exist_ok=True)
-        for dataset, rows in run(options, plan).items():
-            failures.setdefault(dataset, {}).update(rows)
-        failed.write_text(json.dumps(failures, indent=1))
-    text = report(options, plan, failures)
+        run(options, plan)
+    text = report(options, plan)
     print(text)
     if options.write:
         before, _, rest = options.write.read_text().partition(BEGIN)

@@ -587,12 +587,18 @@ def compare(
     split: Annotated[str, typer.Option(help="The evaluated split, as its folder is named.")],
     metric: Annotated[str, typer.Option(help="What methods are ranked by.")] = "accuracy",
     style: Annotated[str, typer.Option(help="text, markdown, latex or csv.")] = "text",
+    base_to_novel: Annotated[
+        bool, typer.Option("--base-to-novel", help="Accuracy on both halves of the classes.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="A folder for the tables and the figure of ranks.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Methods over seeds and data sets: intervals, paired tests, budgets and average ranks."""
+    """Methods over seeds and data sets: intervals, paired tests, budgets and average ranks.
+
+    With --base-to-novel base, novel and harmonic accuracy instead.
+    """
     from cache.errors import RecipeError
     from prompt_tune.method_table import compare_methods
     from prompt_tune.tables import STYLES
@@ -601,6 +607,15 @@ def compare(
     if chosen is None:
         what, wanted = "no such style of table", ", ".join(STYLES)
         raise RecipeError(what, where="--style", found=style, wanted=wanted)
+    if base_to_novel:
+        from prompt_tune.base_novel_table import compare_base_to_novel
+
+        if metric != "accuracy":
+            what = "base-to-novel is of accuracies"
+            raise RecipeError(what, where="--metric", found=metric, wanted="accuracy")
+        halves = compare_base_to_novel(runs, split=split, out=out)
+        _say(halves.to_json(), as_json, halves.text(chosen))
+        return
     found = compare_methods(runs, split=split, metric=metric, out=out)
     _say(found.to_json(), as_json, found.text(chosen))
 

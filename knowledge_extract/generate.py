@@ -174,7 +174,8 @@ def _order_of_the_rest(rows: Sequence[_Row]) -> list[int]:
 
 def greedy(logits: Float[Tensor, "rows tokens"], _numbers: Sequence[int]) -> list[int]:
     """The most likely token of every row."""
-    return [int(token) for token in logits.argmax(dim=-1)]
+    found: list[int] = logits.argmax(dim=-1).tolist()  # the device is waited for once
+    return found
 
 
 def to_the_end(_number: int, _answer: Sequence[int]) -> bool:

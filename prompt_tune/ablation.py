@@ -8,23 +8,28 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cache.durable import storage_errors, write_atomic
-from cache.errors import RecipeError
+from cache.errors import DataError, RecipeError
 from prompt_tune import figures
 from prompt_tune.checkpoint import write_json
 from prompt_tune.many import combinations, tune_many
+from prompt_tune.method_table import LOWER_IS_BETTER
+from prompt_tune.metrics import balanced_accuracy, constant_guess, macro_f1
 from prompt_tune.paired import Score, difference, holm, p_value, score
-from prompt_tune.predictions import load_predictions
+from prompt_tune.predictions import Predictions, load_predictions
 from prompt_tune.recipe import TuneRecipe
 from prompt_tune.run_folder import EVALUATIONS, PREDICTIONS
 from prompt_tune.shelf import Shelf
-from prompt_tune.statistics import LABELS
+from prompt_tune.statistics import LABELS, MEASURES
 from prompt_tune.tables import TableStyle, laid_out
 
 BASE = "cached"
 RANKS = (1, 2, 4, 8, 16)
+TEXTS = (1, 4, 16)
+BESIDE = {"balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Variant:
 
     Attributes:
         name: of the variant, and of its folder.
-        about: what is asked: `knowledge`, `image condition`, `rank`, `rows` or `source`.
+        about: what is asked: `knowledge`, `image condition`, `rank`, `rows`, `texts` or `source`.
         changes: values by dotted key.
         knowledge: another cache, for `source`.
     """
@@ -52,7 +57,7 @@ class Ablation:
         folder: that holds a folder for each variant, `ablation.json`, `.md` and `.png`.
         metric: what is compared.
         rows: per variant its score, and how far the recipe as it stands is ahead of it.
-        note: on how many images and seeds.
+        note: on how many images and seeds, and what a constant answer scores.
     """
 
     folder: Path
@@ -66,22 +71,27 @@ class Ablation:
 
     def text(self, style: TableStyle = "text") -> str:
         """The table and its note."""
-        head = ["variant", "about", LABELS[self.metric], "cached is ahead by [95 %]", "p (Holm)"]
-        cells = [head]
+        beside = [name for name in BESIDE if name != self.metric]
+        head = ["variant", "about", LABELS[self.metric], *(LABELS[name] for name in beside)]
+        cells = [[*head, "cached is ahead by [95 %]", "p (Holm)"]]
         for row in self.rows:
             value = f"{row['value']:.3f}"
             if row["deviation"] is not None:
                 value += f" ± {row['deviation']:.3f}"
             ahead, p = row["ahead"], row["p"]
             lead = "–" if ahead is None else f"{ahead[0]:+.3f} [{ahead[1]:+.3f}, {ahead[2]:+.3f}]"
-            cells.append(
-                [row["variant"], row["about"], value, lead, "–" if p is None else f"{p:.3f}"]
-            )
+            others = [f"{row['beside'][name]:.3f}" for name in beside]
+            shown = [row["variant"], row["about"], value, *others, lead]
+            cells.append([*shown, "–" if p is None else f"{p:.3f}"])
         return f"{laid_out(cells, style, left=(0, 1))}\n\n{self.note}"
 
 
 def variants(recipe: TuneRecipe, sources: Mapping[str, Path] | None = None) -> list[Variant]:
-    """What can be asked of a recipe: controls, image condition, ranks, rows and source models.
+    """What can be asked of a recipe: controls, image condition, ranks, rows, texts, source models.
+
+    Ranks are asked of methods that read rows, where a rank is the size of what changes and projects
+    them; elsewhere it names a value. Texts are the first 1, 4 and 16 of every class, which keeps
+    all if it has fewer.
 
     Args:
         recipe: as it stands; its own control must be `cached`.
@@ -90,15 +100,16 @@ def variants(recipe: TuneRecipe, sources: Mapping[str, Path] | None = None) -> l
     Raises:
         RecipeError: the method reads no knowledge, or the recipe's control is not `cached`.
     """
-    method = recipe.method_class()
-    if not method.needs:
+    settings = recipe.method_config(where="recipe")
+    needs = recipe.method_class().needed(settings)
+    if not needs:
         what = f"method {recipe.method['name']!r} reads no knowledge"
         raise RecipeError(what, where="method.name", do="Ablate a method that does.")
     if recipe.knowledge.control != "cached":
         what = "an ablation starts from the cached knowledge"
         found = recipe.knowledge.control
         raise RecipeError(what, where="knowledge.control", found=found, wanted="cached")
-    config = recipe.method_config(where="recipe").model_dump()
+    config = settings.model_dump()
     made = [Variant(BASE, "as it stands", {})]
     made += [
         Variant(control, "knowledge", {"knowledge.control": control})
@@ -107,27 +118,37 @@ def variants(recipe: TuneRecipe, sources: Mapping[str, Path] | None = None) -> l
     if config.get("condition") == "image":
         made += [
             Variant("no image condition", "image condition", {"method.condition": "none"}),
-            Variant(
-                "shuffled, no image condition",
-                "image condition",
-                {"method.condition": "none", "knowledge.control": "shuffled"},
+            *(
+                Variant(
+                    f"{control}, no image condition",
+                    "image condition",
+                    {"method.condition": "none", "knowledge.control": control},
+                )
+                for control in ("shuffled", "random")
             ),
         ]
-    if "rank" in config:
+    if "rank" in config and "rows" in needs:
         made += [
             Variant(f"rank {rank}", "rank", {"method.rank": rank})
             for rank in RANKS
             if rank != config["rank"]
         ]
-    if "rows" in method.needs:
+    if "rows" in needs:
         least = config.get("prefix", 0) + config.get("suffix", 0)
         made += [
             Variant(f"{keep} rows", "rows", {"knowledge.keep": keep})
             for keep in (least, 2 * least)
             if keep and keep != recipe.knowledge.keep
         ]
+    if needs & {"texts", "symptoms"}:
+        made += [
+            Variant(f"{keep} text{'s' * (keep > 1)}", "texts", {"knowledge.keep": keep})
+            for keep in TEXTS
+            if keep < (recipe.knowledge.keep or keep + 1)
+        ]
+    other = {} if recipe.knowledge.expect is None else {"knowledge.expect": None}
     for name, path in (sources or {}).items():
-        made.append(Variant(f"source {name}", "source", {}, path))
+        made.append(Variant(f"source {name}", "source", other, path))
     return made
 
 
@@ -164,8 +185,12 @@ def ablate(  # noqa: PLR0913 - a whole experiment
 
     Raises:
         RecipeError: see `variants`; an unknown question.
+        DataError: no such metric.
         VademecumError: see `tune`.
     """
+    if metric not in MEASURES:
+        what = f"no metric {metric!r}"
+        raise DataError(what, wanted=", ".join(MEASURES))
     every = variants(recipe, sources)
     asked = {v.about for v in every[1:]}
     if only is not None and not set(only) <= asked:
@@ -174,6 +199,7 @@ def ablate(  # noqa: PLR0913 - a whole experiment
     chosen = [v for v in every if only is None or v.name == BASE or v.about in only]
     shelf = Shelf()
     scores: dict[str, Score] = {}
+    predictions: dict[str, list[Predictions]] = {}
     for variant in chosen:
         place = out / re.sub(r"[^a-z0-9]+", "-", variant.name.lower()).strip("-")
         runs = tune_many(
@@ -189,14 +215,10 @@ def ablate(  # noqa: PLR0913 - a whole experiment
         )
         name = split if part is None else f"{split}-{part}"
         files = [place / r["run"] / EVALUATIONS / name / PREDICTIONS for r in runs.rows]
-        scores[variant.name] = score([load_predictions(f) for f in files], metric)
-        images = len(load_predictions(files[0]).labels)
-    note = (
-        f"{images} images, {len(seeds)} seeds; mean ± standard deviation over seeds; intervals: "
-        "paired bootstrap over cases of the difference of the means over seeds; p-values "
-        "Holm-corrected over all variants."
-    )
-    found = Ablation(out, metric, _rows(chosen, scores), note)
+        predictions[variant.name] = [load_predictions(f) for f in files]
+        scores[variant.name] = score(predictions[variant.name], metric)
+    rows = _rows(chosen, scores, predictions, metric)
+    found = Ablation(out, metric, rows, _note(predictions[BASE]))
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     write_json(out / "ablation.json", found.to_json())
@@ -209,12 +231,29 @@ def ablate(  # noqa: PLR0913 - a whole experiment
     return found
 
 
-def _rows(chosen: Sequence[Variant], scores: Mapping[str, Score]) -> tuple[dict[str, Any], ...]:
-    base = scores[BASE]
+def _note(runs: Sequence[Predictions]) -> str:
+    guess = constant_guess(runs[0].labels, runs[0].class_names)
+    return (
+        f"{len(runs[0].labels)} images, {len(runs)} seeds; mean ± standard deviation over seeds; "
+        "intervals: paired bootstrap over cases of the difference of the means over seeds; "
+        "p-values Holm-corrected over all variants; the best constant answer has accuracy "
+        f"{guess.accuracy:.3f}, balanced accuracy {guess.balanced_accuracy:.3f}, macro F1 "
+        f"{guess.macro_f1:.3f}."
+    )
+
+
+def _rows(
+    chosen: Sequence[Variant],
+    scores: Mapping[str, Score],
+    predictions: Mapping[str, Sequence[Predictions]],
+    metric: str,
+) -> tuple[dict[str, Any], ...]:
+    base, lower = scores[BASE], metric in LOWER_IS_BETTER
     adjusted = holm([p_value(base, scores[v.name]) for v in chosen[1:]])
     rows = []
     for variant, p in zip(chosen, [None, *adjusted], strict=True):
-        own = scores[variant.name]
+        own, runs = scores[variant.name], predictions[variant.name]
+        lead = difference(own, base) if lower else difference(base, own)
         rows.append(
             {
                 "variant": variant.name,
@@ -222,7 +261,11 @@ def _rows(chosen: Sequence[Variant], scores: Mapping[str, Score]) -> tuple[dict[
                 "value": own.value,
                 "deviation": own.deviation if own.deviation == own.deviation else None,
                 "interval": own.interval.to_json(),
-                "ahead": None if p is None else difference(base, own).to_json(),
+                "beside": {
+                    name: fmean(measure(run.probabilities, run.labels) for run in runs)
+                    for name, measure in BESIDE.items()
+                },
+                "ahead": None if p is None else lead.to_json(),
                 "p": p,
             }
         )

@@ -95,6 +95,7 @@ def view_of(preprocess: Preprocess, picture: Picture, k: int, seed: int, name: i
     generator = augmentation_generator(seed, name, k)
     (top, left, rows, columns), mirrored = random_view(width, height, generator)
     size = preprocess.image_size
+    mirrored = mirrored and preprocess.flip
     return View(Axis(top, rows, size), Axis(left, columns, size, mirrored=mirrored))
 
 

@@ -1,16 +1,19 @@
 """Batches of one split, from cached image features or from pixels.
 
-Pixels of training come from decoded pictures, which are kept, and on a GPU all at once; those of
-evaluation from the image files by open_clip's transform. A picture gives the same bits either way.
+Pixels come from decoded pictures, which are kept. On a GPU those of training are cropped and
+resized there, a batch at once; those of evaluation by open_clip's transform. A picture gives the
+same bits either way.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from prompt_tune.augment import Pictures, on_device
@@ -18,6 +21,7 @@ from prompt_tune.backbone import Backbone
 from prompt_tune.data.source import ImageSplit
 from prompt_tune.features import FeatureStore, image_features, store_of
 from prompt_tune.method import Batch
+from prompt_tune.pixels import Picture, stored_pictures
 from prompt_tune.seeds import derive_seed, permutation
 
 Views = int | Literal["live"]
@@ -29,34 +33,43 @@ class Cases:
     With enumerated views, image `i` shows view `h(seed, epoch, i) mod views` in an epoch, where
     view 0 is the test transform; `live` draws a new augmentation for every image and epoch.
 
+    Features are those of `backbone` as it is given. A run gives it in full precision, also where
+    its own towers compute in bf16, and also where views are `live` and every batch is encoded.
+
     Args:
         split: the images.
         backbone: its image tower encodes, its preprocessing transforms.
-        pixels: give pixels to the method; otherwise cached features where views are enumerated.
+        pixels: give pixels to the method; otherwise features.
+        frozen: give it cached features beside pixels, where views are enumerated.
         views: number of enumerated views, or `live`.
+        flip: mirror augmented views half of the time.
         seed: of the run.
         device: where batches go.
         open_store: see `image_features`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that a recipe says of how a split is read
         self,
         split: ImageSplit,
         backbone: Backbone,
         *,
         pixels: bool,
+        frozen: bool = False,
         views: Views = 1,
+        flip: bool = True,
         seed: int = 0,
         device: str = "cpu",
         open_store: Callable[[Backbone, int, int], FeatureStore] = store_of,
     ) -> None:
+        if not flip:
+            backbone = replace(backbone, preprocess=replace(backbone.preprocess, flip=False))
         self.split, self.backbone, self.pixels = split, backbone, pixels
         self.views, self.seed, self.device = views, seed, device
         self.labels = torch.from_numpy(split.labels).long()
         self._features: Tensor | None = None
-        if not pixels and views != "live":
+        if views != "live" and (frozen or not pixels):
             self._features = image_features(
-                backbone, split, views=views, seed=seed, open_store=open_store
+                backbone, split, views=views, seed=seed, open_store=open_store, keep=pixels
             )
 
     def __len__(self) -> int:
@@ -72,28 +85,32 @@ class Cases:
     def batch(self, indices: Tensor, *, epoch: int | None = None) -> Batch:
         """The cases at `indices`; `epoch` None means the test transform."""
         labels = on_device(self.labels[indices], self.device)
+        images = features = None
         if self._features is not None:
             views = torch.tensor([self._view(i, epoch) for i in indices.tolist()])
-            return Batch(
-                labels=labels, features=on_device(self._features[indices, views], self.device)
-            )
-        pixels = self._pixels(indices.tolist(), epoch)
+            features = on_device(self._features[indices, views], self.device)
         if self.pixels:
-            return Batch(labels=labels, images=pixels)
-        with torch.no_grad():
-            return Batch(labels=labels, features=self.backbone.image.encode(pixels))
+            images = self._pixels(indices.tolist(), epoch)
+        elif features is None:
+            with torch.no_grad():
+                features = self.backbone.image.encode(self._pixels(indices.tolist(), epoch))
+        return Batch(labels=labels, images=images, features=features)
 
     def _pixels(
         self, indices: Sequence[int], epoch: int | None
     ) -> Float[Tensor, "batch 3 size size"]:
         if epoch is None:
-            images = [self.backbone.preprocess(self.split.image(i)) for i in indices]
-            return torch.stack(images).to(self.device)
+            decoded = (Image.fromarray(self._decoded[i].numpy()) for i in indices)
+            return torch.stack([*map(self.backbone.preprocess, decoded)]).to(self.device)
         return self._pictures.show(indices, [self._view(i, epoch) for i in indices], self.seed)
 
     @cached_property
+    def _decoded(self) -> list[Picture]:
+        return stored_pictures(self.split)
+
+    @cached_property
     def _pictures(self) -> Pictures:
-        """Opened by the first batch of training: what is read once is not kept."""
+        """What training reads, on a GPU if it fits there."""
         return Pictures(self.split, self.backbone.preprocess, self.device)
 
     def prepare(self) -> None:
@@ -103,7 +120,7 @@ class Cases:
             DataError: an image cannot be read.
             StorageError: the user's cache folder cannot be used.
         """
-        if self._features is None:
+        if self.pixels or self._features is None:
             self._pictures  # noqa: B018
 
     def in_order(self, size: int) -> Iterator[Batch]:

@@ -14,6 +14,7 @@ from cache.progress import track
 from cache.recipe import validate
 from prompt_tune import figures
 from prompt_tune.backbone import BackboneSpec
+from prompt_tune.bindings import made_with
 from prompt_tune.calibration import scaled_calibration
 from prompt_tune.cases import Cases
 from prompt_tune.checkpoint import RUN, WEIGHTS, load_weights, read_json, read_run, write_json
@@ -36,7 +37,7 @@ from prompt_tune.run_folder import (
     headline,
 )
 from prompt_tune.seeds import make_deterministic
-from prompt_tune.setup import Setup, made_with, prepare, split_of
+from prompt_tune.setup import Setup, prepare, split_of
 from prompt_tune.shelf import Shelf
 from prompt_tune.statistics import with_intervals
 

@@ -8,30 +8,30 @@ readable by their owner only and marked `patient_derived`.
     features/<tower and preprocessing>/<view>/<SHA-256 of the file>.safetensors
 
 Each file holds at most `CHUNK` pictures and is written whole, so a killed run loses less than that.
-A file whose bytes do not match its name is removed and its pictures are encoded again.
+Files are mapped. Those with a picture that is asked for are read to compare their bytes with their
+name; where these do not match, the file is removed and its pictures are encoded again.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 from torch import Tensor
 
 from cache.durable import storage_errors
-from cache.errors import ModelError
+from cache.errors import ModelError, StorageError
 from cache.progress import track
 from cache.recipe import digest_of
 from cache.user_folder import user_cache
 from prompt_tune.augment import Pictures
 from prompt_tune.backbone import Backbone
 from prompt_tune.data.images import ImageSplit
-from prompt_tune.pixels import keep_private, private_folder
+from prompt_tune.private_files import is_sound, keep_private, private_folder
 
 VERSION = 1  # of the store; another version is another folder
 BATCH = 16
@@ -40,41 +40,75 @@ METADATA = {"patient_derived": "true", "format": f"vademecum features {VERSION}"
 
 
 class FeatureStore:
-    """The features of one tower under one view; never to be shared.
+    """The features of one tower under one view, memory-mapped; never to be shared.
 
     Args:
         folder: made if missing, readable by its owner only.
         width: of one feature.
+
+    Raises:
+        StorageError: the folder cannot be used.
     """
 
     def __init__(self, folder: Path, width: int) -> None:
         self.folder, self.width = folder, width
-        self.rows: dict[str, np.ndarray] = {}
+        self._found: dict[str, tuple[Path, np.ndarray]] = {}
+        self._sound: set[Path] = set()
         with storage_errors(folder):
             private_folder(folder)
             for path in sorted(folder.glob("*.safetensors")):
-                self._read(path)
+                self._open(path)
 
-    def _read(self, path: Path) -> None:
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != path.stem:
-            path.unlink(missing_ok=True)
-            return
+    def _open(self, path: Path) -> None:
+        """Learns whose features a file holds; of their values none is read."""
         try:
-            chunk = load(data)
-            digests, values = chunk["digests"], chunk["features"]
-        except (SafetensorError, KeyError):
-            return  # sound bytes of something else
-        if values.shape == (len(digests), self.width):
-            for digest, row in zip(digests, values, strict=True):
-                self.rows.setdefault(digest.tobytes().hex(), row)
+            with safe_open(path, "pt") as file:
+                digests, values = (file.get_tensor(name) for name in ("digests", "features"))
+        except FileNotFoundError:
+            return  # removed by another process
+        except (SafetensorError, RuntimeError, ValueError):
+            digests = values = torch.empty(0)
+        kinds = (digests.dtype, values.dtype) == (torch.uint8, torch.float32)
+        if kinds and (*digests.shape, *values.shape) == (len(values), 32, len(values), self.width):
+            names = (row.tobytes().hex() for row in digests.numpy())
+            for name, row in zip(names, values.numpy(), strict=True):
+                self._found.setdefault(name, (path, row))
+        elif not is_sound(path):  # sound bytes of something else stay
+            path.unlink(missing_ok=True)
+
+    def verify(self, digests: Iterable[str]) -> None:
+        """Reads the files of some pictures; one that is damaged is removed."""
+        with storage_errors(self.folder):
+            for path in {self._found[d][0] for d in digests if d in self._found} - self._sound:
+                if is_sound(path):
+                    self._sound.add(path)
+                else:
+                    path.unlink(missing_ok=True)
+                    self._found = {k: v for k, v in self._found.items() if v[0] != path}
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._found
+
+    def __getitem__(self, digest: str) -> Float[np.ndarray, "width"]:
+        """The feature of the picture of that digest, mapped from disk.
+
+        Raises:
+            StorageError: it is not there.
+        """
+        if digest not in self:
+            what = "a cached feature cannot be read back"
+            raise StorageError(what, where=self.folder, do="Check the disk.")
+        return self._found[digest][1]
 
     def add(self, digests: Sequence[str], values: Float[np.ndarray, "n width"]) -> None:
-        """Keeps the features of some pictures, whole or not at all."""
+        """Keeps the features of some pictures, whole or not at all.
+
+        Raises:
+            StorageError: the operating system refused something.
+        """
         keys = np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.uint8).reshape(-1, 32)
         data = save({"digests": keys.copy(), "features": values}, metadata=METADATA)
-        keep_private(self.folder, data)
-        self.rows.update(zip(digests, values, strict=True))
+        self._open(keep_private(self.folder, data))
 
 
 def parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -83,9 +117,11 @@ def parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield items[start : start + size]
 
 
-def view_name(view: int, seed: int) -> str:
+def view_name(view: int, seed: int, *, flip: bool = True) -> str:
     """The folder of one view; view 0 is the test transform, whatever the seed."""
-    return "view-0" if view == 0 else f"view-{view}-seed-{seed}"
+    if view == 0:
+        return "view-0"
+    return f"view-{view}-seed-{seed}" + ("" if flip else "-no-flip")
 
 
 def store_of(backbone: Backbone, view: int, seed: int) -> FeatureStore:
@@ -95,7 +131,8 @@ def store_of(backbone: Backbone, view: int, seed: int) -> FeatureStore:
         StorageError: the user's cache folder cannot be used.
     """
     key = digest_of([VERSION, backbone.image_fingerprint, backbone.preprocess.digest])
-    folder = user_cache() / "features" / key / view_name(view, seed)
+    name = view_name(view, seed, flip=backbone.preprocess.flip)
+    folder = user_cache() / "features" / key / name
     return FeatureStore(folder, backbone.embed_dim)
 
 
@@ -122,7 +159,8 @@ def _chunks(split: ImageSplit, stores: list[FeatureStore]) -> Iterator[tuple[int
     """(view, indices) of what the stores lack; equal pictures are encoded once."""
     first = {digest: i for i, digest in reversed(list(enumerate(split.digests)))}
     for view, store in enumerate(stores):
-        lacking = sorted(i for digest, i in first.items() if digest not in store.rows)
+        store.verify(first)
+        lacking = sorted(i for digest, i in first.items() if digest not in store)
         for chunk in parts(lacking, CHUNK):
             yield view, chunk
 
@@ -134,6 +172,7 @@ def image_features(
     views: int = 1,
     seed: int = 0,
     open_store: Callable[[Backbone, int, int], FeatureStore] = store_of,
+    keep: bool = False,
 ) -> Float[Tensor, "cases views embed"]:
     """The image tower's output for every case and view, in float32, not normalised.
 
@@ -146,6 +185,7 @@ def image_features(
         views: how many.
         seed: of the augmentations.
         open_store: gives the store of a tower, view and seed; see `Shelf.features`.
+        keep: the pictures are read as pixels too, so those that are decoded are kept.
 
     Raises:
         DataError: an image cannot be read.
@@ -154,13 +194,13 @@ def image_features(
     """
     stores = [open_store(backbone, view, seed) for view in range(views)]
     work = list(_chunks(split, stores))
-    augmented = None
-    if any(view for view, _ in work):
-        augmented = Pictures(split, backbone.preprocess, str(backbone.device))
+    pictures = None
+    if any(keep or view for view, _ in work):
+        pictures = Pictures(split, backbone.preprocess, str(backbone.device))
 
     def pixels(part: Sequence[int], view: int) -> Float[Tensor, "batch 3 size size"]:
-        if view and augmented is not None:
-            return augmented.show(part, [view] * len(part), seed)
+        if pictures is not None:
+            return pictures.show(part, [view] * len(part), seed)
         return torch.stack([backbone.preprocess(split.image(i)) for i in part])
 
     if work:
@@ -171,6 +211,7 @@ def image_features(
                 progress.advance(len(chunk))
     found = np.empty((len(split), views, backbone.embed_dim), dtype=np.float32)
     for view, store in enumerate(stores):
+        store.verify(split.digests)
         for i, digest in enumerate(split.digests):
-            found[i, view] = store.rows[digest]
+            found[i, view] = store[digest]
     return torch.from_numpy(found)

@@ -10,7 +10,8 @@ room for that.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -239,14 +240,59 @@ def plan(
     return Plan(fitting[0][0], ways[0][1], fitting[0][1], budget)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that a step may use: that of the GPU, or of the machine."""
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Memory that a step may use: that of the GPU, or of the machine and the process's groups.
+
+    Args:
+        device: where steps run.
+        root: of the file system that tells.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
-    table = Path("/proc/meminfo")
-    if table.is_file():  # what the kernel can free counts as free
-        for line in table.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    return max(min([_of_machine(root), *_of_groups(root)]), 0)
+
+
+def _of_machine(root: Path) -> int:
+    found = _numbers(root / "proc/meminfo").get("MemAvailable:")
+    if found is not None:  # what the kernel can free counts as free
+        return found * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_groups(root: Path) -> Iterator[int]:
+    """What each control group of the process, and each above it, has left of its limit.
+
+    File pages that were not used for a while count as free: the kernel takes them first.
+    """
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            mount, names = root / "sys/fs/cgroup", GROUP_FILES
+            if controllers:
+                if "memory" not in controllers.split(","):
+                    continue
+                mount, names = mount / "memory", OLD_GROUP_FILES
+            own = mount / path.lstrip("/")  # in a container the mount itself is the process's group
+            for folder in dict.fromkeys([own, *own.parents, mount]):
+                if folder.is_relative_to(mount):
+                    yield from _left(folder, *names)
+
+
+GROUP_FILES = "memory.max", "memory.current", "inactive_file"
+OLD_GROUP_FILES = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+
+
+def _left(folder: Path, limit: str, used: str, idle: str) -> Iterator[int]:
+    with suppress(OSError, ValueError):  # no such group here, or `max`
+        most, now = (int((folder / n).read_text(encoding="ascii")) for n in (limit, used))
+        yield most - now + _numbers(folder / "memory.stat").get(idle, 0)
+
+
+def _numbers(table: Path) -> dict[str, int]:
+    """The first number behind each name."""
+    try:
+        rows = [line.split() for line in table.read_text(encoding="ascii").splitlines()]
+    except FileNotFoundError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}

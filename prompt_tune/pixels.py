@@ -1,4 +1,7 @@
-"""Decoded pictures, memory-mapped: every picture is decoded once on this machine.
+"""Decoded pictures, memory-mapped: what reads pixels has each decoded once on this machine.
+
+Training, validation and evaluation of such a method all read here. Besides, a file is decoded once
+for its digest, by which data are known before a method is; see `data.remembered`.
 
 The store lies in the user's cache folder, beside the image features and under the same rules: its
 files are readable by their owner only, marked `patient_derived`, and never shared.
@@ -13,7 +16,6 @@ says is removed, and its pictures are decoded again.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,40 +25,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from cache.durable import drafting, storage_errors, sweep
+from cache.durable import storage_errors, sweep
 from cache.errors import DataError, StorageError
 from cache.progress import track
 from cache.user_folder import user_cache
 from prompt_tune.data.images import ImageSplit
+from prompt_tune.private_files import keep_private, private_folder
 
 VERSION = 1  # of the store; another version is another folder
 CHUNK_BYTES = 32 * 2**20
 Picture = UInt8[Tensor, "height width 3"]
 METADATA = {"patient_derived": "true", "format": f"vademecum pixels {VERSION}"}
-
-
-def private_folder(folder: Path) -> None:
-    """Makes a folder, and those below `features`, for its owner alone."""
-    root = user_cache() / "features"
-    root.parent.mkdir(parents=True, exist_ok=True)
-    for place in reversed([folder, *(p for p in folder.parents if root in (p, *p.parents))]):
-        place.mkdir(mode=0o700, exist_ok=True)
-        place.chmod(0o700)
-
-
-def keep_private(folder: Path, data: bytes) -> Path:
-    """Writes `data` under its SHA-256 for its owner alone, whole or not at all; returns where.
-
-    Raises:
-        StorageError: the operating system refused something.
-    """
-    path = folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
-    with drafting(folder) as draft:
-        os.fchmod(draft.fd, 0o600)
-        draft.write_at(data, 0)
-        draft.sync()
-        draft.publish(path, replace=False)
-    return path
 
 
 def _digest(pixels: UInt8[np.ndarray, "height width 3"]) -> str:

@@ -71,7 +71,7 @@ def random_crop_box(
 def random_view(
     width: int, height: int, generator: torch.Generator
 ) -> tuple[tuple[int, int, int, int], bool]:
-    """The box of a random crop and whether it is mirrored, which it is half of the time."""
+    """The box of a random crop and whether to mirror it, which is half of the time."""
     box = random_crop_box(width, height, generator)
     return box, float(torch.rand(1, generator=generator)) < 0.5
 
@@ -87,6 +87,7 @@ class Preprocess:
         interpolation: how pictures are resized.
         resize_mode: `shortest` side then centre crop, `longest` side then padding, or `squash`.
         fill_color: of the padding.
+        flip: whether random views are mirrored half of the time; no part of the test transform.
     """
 
     image_size: int
@@ -95,6 +96,7 @@ class Preprocess:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
     fill_color: int = 0
+    flip: bool = True
 
     @classmethod
     def from_open_clip(cls, settings: dict[str, Any]) -> Self:
@@ -121,11 +123,11 @@ class Preprocess:
     @property
     def digest(self) -> str:
         """What identifies the test transform."""
-        return digest_of(asdict(self))
+        return digest_of({k: v for k, v in asdict(self).items() if k != "flip"})
 
     def settings(self) -> dict[str, Any]:
-        """The transform as plain data; `from_open_clip` reads it back."""
-        settings = asdict(self)
+        """The test transform as plain data; `from_open_clip` reads it back."""
+        settings = {k: v for k, v in asdict(self).items() if k != "flip"}
         return {"size": settings.pop("image_size"), "mode": "RGB", **settings}
 
     def _normalised(self, image: Image) -> Float[Tensor, "3 size size"]:
@@ -144,7 +146,7 @@ class Preprocess:
         return tensor
 
     def augment(self, image: Image, generator: torch.Generator) -> Float[Tensor, "3 size size"]:
-        """A random resized crop, mirrored half of the time, normalised."""
+        """A random resized crop, mirrored half of the time unless `flip` is off, normalised."""
         import torchvision.transforms.functional as pictures
         from torchvision.transforms import InterpolationMode
 
@@ -152,7 +154,7 @@ class Preprocess:
         box, mirrored = random_view(image.width, image.height, generator)
         size = [self.image_size, self.image_size]
         image = pictures.resized_crop(image, *box, size, InterpolationMode(self.interpolation))
-        if mirrored:
+        if mirrored and self.flip:
             image = pictures.hflip(image)
         return self._normalised(image)
 

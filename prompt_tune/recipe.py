@@ -29,7 +29,8 @@ class KnowledgeSpec(RecipePart):
     item: Annotated[int, Field(ge=0)] = 0
     """Which text of the class, for `tokens`."""
     keep: Positive | None = None
-    """At most so many rows per class: evenly spaced layers, or the first texts or tokens."""
+    """At most so many rows per class: evenly spaced layers, or the first texts or tokens. Of a
+    method that reads texts or symptoms themselves, the first so many of each class."""
     texts: str = "descriptions"
     """Name of the block of texts about the classes."""
     symptoms: str = "symptoms"
@@ -81,6 +82,10 @@ class TrainSpec(RecipePart):
     views: Positive | Literal["live"] = 1
     """Augmented views per image: K enumerated ones (view 0 is the test transform) drawn per epoch,
     or `live` for a new one every time."""
+    flip: bool = True
+    """Mirror augmented views half of the time. A mirrored image has its left and right exchanged:
+    set it to false where classes tell the sides apart, as OrganAMNIST's kidneys, lungs and femurs
+    do. Without effect where `views` is 1."""
     select: Literal["last", "best-val"] = "last"
     """Which epoch is kept; `best-val` by accuracy on the validation images, earliest on a tie."""
     checkpoint_steps: Positive | None = None
@@ -127,6 +132,15 @@ class TuneRecipe(RecipePart):
     @model_validator(mode="after")
     def _method_is_known(self) -> "TuneRecipe":
         self.method_config(where="recipe")
+        return self
+
+    @model_validator(mode="after")
+    def _something_selects(self) -> "TuneRecipe":
+        trained = self.method_class().fitted_by == "gradient"
+        if trained and self.train.select == "best-val" and self.samples.val_shots == 0:
+            what, wanted = "train.select best-val needs validation images", ">= 1 or null"
+            do = "Give some, or set train.select to last."
+            raise RecipeError(what, where="samples.val_shots", found=0, wanted=wanted, do=do)
         return self
 
     def method_class(self) -> type[Method]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from typing import Any
 
 import torch
 
@@ -27,4 +28,5 @@ def make_deterministic(device: str) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(mode=True, warn_only=device.startswith("cuda"))
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic: Any = torch.utils.deterministic  # a module whose one setting mypy does not see
+    deterministic.fill_uninitialized_memory = False

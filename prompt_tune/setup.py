@@ -1,7 +1,5 @@
 """Puts a run together: data, sample lists, backbone, knowledge and method."""
 
-import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,6 @@ import torch
 
 from cache.durable import storage_errors
 from cache.errors import DataError, MissingKnowledgeError, SystemRefusedError
-from cache.recipe import digest_of
 from prompt_tune.alignment_record import AlignmentRecord
 from prompt_tune.backbone import Backbone, BackboneSpec
 from prompt_tune.cases import Cases
@@ -23,18 +20,6 @@ from prompt_tune.recipe import SampleSpec, TuneRecipe
 from prompt_tune.seeds import derive_seed
 from prompt_tune.shelf import Shelf
 
-LATER = {
-    "classes": None,
-    "train.optimizer": "sgd",
-    "train.precision": "fp32",
-    "train.max_gb": None,
-    "train.compile": False,
-    "train.flip": True,
-    "knowledge.texts": "descriptions",
-    "knowledge.symptoms": "symptoms",
-    "knowledge.attributes": "attributes",
-}
-"""Keys that recipes got after runs were made with them, and the value that changes nothing."""
 VAL_SHOTS = 4  # at most so many validation images per class in few-shot runs, as in CoOp
 
 
@@ -78,6 +63,7 @@ class Setup:
             split,
             executing(self.method.backbone, Execution()),  # features are kept in full precision
             pixels=self.method.reads_images,
+            frozen=training and self.method.reads_features,
             views=self.recipe.train.views if training else 1,
             flip=self.recipe.train.flip,
             seed=self.recipe.seed,
@@ -276,44 +262,3 @@ def prepare(
         }
     train, val = splits["train"], splits.get("val")
     return Setup(recipe, source, tower, loaded, method, train, val, lists, bindings, where, shelf)
-
-
-def binding_digest(recipe: TuneRecipe, bindings: Mapping[str, Any]) -> str:
-    """What a saved state must have been made with: the recipe and everything it was bound to.
-
-    The backbone counts by its fingerprint, not by where it lies; the cache by the blocks that were
-    used, not by the whole file. A recipe without one of the `LATER` keys counts as it would if
-    that key did not exist.
-    """
-    return _digest({k: v for k, v in _counted(recipe).items() if k != "backbone"}, bindings)
-
-
-def made_with(run: Mapping[str, Any], recipe: TuneRecipe, bindings: Mapping[str, Any]) -> bool:
-    """Whether a stored run was made with this recipe and bound to the same.
-
-    In digests of earlier runs the backbone's place, as the recipe spelt it, counted too.
-    """
-    place = run["recipe"]["backbone"]
-    found = (
-        binding_digest(recipe, bindings),
-        _digest(_counted(recipe) | {"backbone": place}, bindings),
-    )
-    return run["digest"] in found
-
-
-def _digest(recipe: Mapping[str, Any], bindings: Mapping[str, Any]) -> str:
-    used = {"block", "block_id", "texts"}
-    cache_part = {k: v for k, v in bindings.get("cache", {}).items() if k in used}
-    return digest_of({"recipe": recipe, "bindings": {**bindings, "cache": cache_part}})
-
-
-def _counted(recipe: TuneRecipe) -> dict[str, Any]:
-    plain = recipe.model_dump()
-    for key, default in LATER.items():
-        *path, last = key.split(".")
-        table = functools.reduce(dict[str, Any].__getitem__, path, plain)
-        if table[last] == default:
-            del table[last]
-    if recipe.train.views == 1:
-        plain["train"].pop("flip", None)  # a switch of views that are not taken
-    return plain

@@ -5,7 +5,7 @@ from pathlib import Path
 from cache.store import KnowledgeCache
 from prompt_tune.backbone import Backbone, BackboneSpec, load_backbone
 from prompt_tune.data.source import DataSource, load_data
-from prompt_tune.features import FeatureStore, store_of
+from prompt_tune.features import FeatureStore, store_of, view_name
 
 
 class Shelf:
@@ -15,7 +15,7 @@ class Shelf:
         self._data: dict[tuple[str, tuple[str, ...] | None], DataSource] = {}
         self._backbones: dict[tuple[str, str], Backbone] = {}
         self._caches: dict[tuple[Path, str | None], KnowledgeCache] = {}
-        self._stores: dict[tuple[str, str, int, int], FeatureStore] = {}
+        self._stores: dict[tuple[str, str, str], FeatureStore] = {}
 
     def data(self, declared: str, classes: tuple[str, ...] | None = None) -> DataSource:
         """The images of a declaration or path, of all classes or of some; see `load_data`.
@@ -48,7 +48,8 @@ class Shelf:
 
     def features(self, backbone: Backbone, view: int, seed: int) -> FeatureStore:
         """The image features of one tower under one view; see `store_of`."""
-        key = (backbone.image_fingerprint, backbone.preprocess.digest, view, seed if view else 0)
+        name = view_name(view, seed, flip=backbone.preprocess.flip)
+        key = (backbone.image_fingerprint, backbone.preprocess.digest, name)
         if key not in self._stores:
             self._stores[key] = store_of(backbone, view, seed)
         return self._stores[key]

@@ -2,11 +2,14 @@
 
 import csv
 import io
-from collections.abc import Collection, Sequence
-from typing import Literal
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal
 
 TableStyle = Literal["text", "markdown", "latex", "csv"]
 STYLES: tuple[TableStyle, ...] = ("text", "markdown", "latex", "csv")
+FILES: dict[str, TableStyle] = {"md": "markdown", "tex": "latex", "csv": "csv"}
+"""The styles that are written to files, by suffix."""
 _LATEX = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$", "~": r"\textasciitilde{}"}
 _LATEX |= {c: "\\" + c for c in "&%$#_{}"} | {"^": r"\textasciicircum{}"}
 
@@ -36,6 +39,38 @@ def laid_out(
         [text + "*" * ((r, c) in bold) for c, text in enumerate(row)] for r, row in enumerate(cells)
     ]
     return _plain(starred, left)
+
+
+def prose(text: str, style: TableStyle) -> str:
+    """A line beside a table, escaped where the style is LaTeX."""
+    return _escaped(text) if style == "latex" else text
+
+
+def csv_of(records: Sequence[Mapping[str, object]]) -> str:
+    """Records of the same keys as CSV: numbers in full, nothing for None and NaN."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow({k: "" if _missing(v) else v for k, v in record.items()})
+    return text.getvalue().rstrip("\n")
+
+
+def plain(value: Any) -> Any:
+    """The same tables and lists with None for every NaN, as JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if _missing(value) else value
+
+
+def _missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
 
 
 def _plain(cells: Sequence[Sequence[str]], left: Collection[int]) -> str:
@@ -69,8 +104,7 @@ def _latex(
     cells: Sequence[Sequence[str]], left: Collection[int], bold: Collection[tuple[int, int]]
 ) -> str:
     def shown(text: str, *, strong: bool) -> str:
-        plain = "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
-        return rf"\textbf{{{plain}}}" if strong else plain
+        return rf"\textbf{{{_escaped(text)}}}" if strong else _escaped(text)
 
     def line(r: int) -> str:
         row = [shown(text, strong=(r, c) in bold) for c, text in enumerate(cells[r])]

@@ -43,8 +43,9 @@ def _block(opened: KnowledgeCache, name: str, kind: str) -> Block:
     return opened.blocks[name]
 
 
-def _phrases(block: Block, class_id: str, path: object) -> tuple[str, ...]:
-    found = tuple(str(block.text(class_id, i)["text"]) for i in range(block.items(class_id)))
+def _phrases(block: Block, class_id: str, keep: int | None, path: object) -> tuple[str, ...]:
+    count = min(block.items(class_id), keep or block.items(class_id))
+    found = tuple(str(block.text(class_id, i)["text"]) for i in range(count))
     if not found:
         what = f"block {block.name!r} has no text for class {class_id!r}"
         raise MissingKnowledgeError(what, where=path)
@@ -61,15 +62,15 @@ def _attributes(block: Block, class_id: str) -> dict[str, tuple[str, ...]]:
 
 
 def _stored_embeddings(
-    opened: KnowledgeCache, of: Block, backbone: Backbone, class_id: str
+    opened: KnowledgeCache, of: Block, backbone: Backbone, class_id: str, most: int
 ) -> Tensor | None:
-    """What the cache holds of this text tower for these very texts, or None."""
+    """What the cache holds of this text tower for the first of these very texts, or None."""
     for block in opened.blocks.values():
         made_of = (block.spec.get("of"), block.spec.get(EMBEDDED_BY))
         if block.kind == "embeddings" and made_of == (of.id, backbone.text_fingerprint):
             count = block.items(class_id)
             return torch.from_numpy(
-                np.concatenate([block.array(class_id, i) for i in range(count)]).astype("f4")
+                np.concatenate([block.array(class_id, i) for i in range(count)])[:most].astype("f4")
             )
     return None
 
@@ -86,7 +87,7 @@ def _embedded(
         raise ValueError(what)
     made = []
     for class_id, texts in zip(ids, strings, strict=True):
-        stored = _stored_embeddings(opened, block, backbone, class_id)
+        stored = _stored_embeddings(opened, block, backbone, class_id, len(texts))
         made.append(backbone.text.encode_texts(texts).float().cpu() if stored is None else stored)
     return tuple(made)
 
@@ -106,7 +107,8 @@ def load_texts(
     these texts (see `vademecum cache embed`), and are computed otherwise. `shuffled` gives every
     class the texts of another, the same other for all three; `random` gives texts Gaussian
     embeddings of each one's mean and variance, and phrases and values of as many words drawn from
-    those of all classes; `none` gives nothing.
+    those of all classes; `none` gives nothing. `spec.keep` leaves the first so many texts and
+    symptoms of each class.
 
     Raises:
         MissingKnowledgeError: the cache lacks a block, or a block a class.
@@ -118,7 +120,7 @@ def load_texts(
     if "texts" in needs:
         block = _block(opened, spec.texts, "texts")
         blocks[block.name] = block.id
-        strings = tuple(_phrases(block, c, opened.path) for c in ids)
+        strings = tuple(_phrases(block, c, spec.keep, opened.path) for c in ids)
         if spec.control != "none":
             texts = ClassTexts(strings, _embedded(opened, block, ids, strings, backbone))
         if texts is not None and spec.control == "random":
@@ -127,7 +129,7 @@ def load_texts(
     if "symptoms" in needs:
         block = _block(opened, spec.symptoms, "texts")
         blocks[block.name] = block.id
-        found = tuple(_phrases(block, c, opened.path) for c in ids)
+        found = tuple(_phrases(block, c, spec.keep, opened.path) for c in ids)
         symptoms = {"none": None, "random": resampled_words(found, seed)}.get(spec.control, found)
     if "attributes" in needs:
         block = _block(opened, spec.attributes, "attributes")

@@ -242,37 +242,44 @@ def _facts(run: dict[str, Any], setup: Setup) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class BaseToNovel:
-    """Accuracies of one checkpoint on both halves, and their harmonic mean."""
+    """Accuracies of one checkpoint on both halves, and their harmonic mean.
+
+    `images` are the digests of the images of either half.
+    """
 
     base: float
     novel: float
     harmonic: float
+    images: tuple[str, str]
 
 
-def base_to_novel_of(folder: Path, *, split: str = "test") -> BaseToNovel:
+def base_to_novel_of(folder: Path, *, split: str = "test", part: int | None = None) -> BaseToNovel:
     """What one run says of base-to-novel, from its evaluations on both halves.
 
-    The base half is the run's own `eval/<split>` where it was tuned on just those classes.
+    The base half is the run's own `eval/<split>` where it was tuned on just those classes. `part`
+    is what both evaluations were made with.
 
     Raises:
         RunError: the run was not evaluated on one half, or not with the weights it has now.
     """
     run = read_run(folder)
     dataset = run["bindings"]["dataset"]
-    novel = _result(folder, run, evaluation_name(dataset, split, "novel"))
+    novel = _result(folder, run, evaluation_name(dataset, split, "novel"), part)
     base = base_to_novel(novel["on"]["of"]).base
     own = sorted(base) == sorted(c["id"] for c in run["bindings"]["classes"])
-    half = _result(folder, run, split if own else evaluation_name(dataset, split, "base"))
+    half = _result(folder, run, split if own else evaluation_name(dataset, split, "base"), part)
     ours, other = (float(one["metrics"]["accuracy"]) for one in (half, novel))
-    return BaseToNovel(ours, other, harmonic_mean(ours, other))
+    images = str(half["data"]), str(novel["data"])
+    return BaseToNovel(ours, other, harmonic_mean(ours, other), images)
 
 
-def _result(folder: Path, run: dict[str, Any], name: str) -> dict[str, Any]:
+def _result(folder: Path, run: dict[str, Any], name: str, part: int | None) -> dict[str, Any]:
+    place = metrics_file(folder, name, part)
     try:
-        result = read_json(metrics_file(folder, name, None))
+        result = read_json(place)
     except FileNotFoundError:
         result = {}
     if not is_of(result, run):
-        what = f"the run was not evaluated on {name!r} with the weights it has now"
+        what = f"the run was not evaluated on {place.parent.name!r} with the weights it has now"
         raise RunError(what, where=folder, do="Run `vademecum eval` first.")
     return result

@@ -16,6 +16,7 @@ from cache.durable import storage_errors, write_atomic
 from cache.errors import RunError
 from cache.progress import say
 from prompt_tune import figures
+from prompt_tune.bindings import binding_digest, made_with
 from prompt_tune.checkpoint import FORMAT, RUN, STATE, WEIGHTS, read_run, write_json
 from prompt_tune.execution import Execution, executing
 from prompt_tune.loop import train
@@ -25,7 +26,7 @@ from prompt_tune.recipe import TuneRecipe
 from prompt_tune.rehearsal import planned
 from prompt_tune.run_folder import CURVES, SAMPLES, absolute, clear
 from prompt_tune.seeds import make_deterministic
-from prompt_tune.setup import Setup, binding_digest, made_with, pick_device, prepare
+from prompt_tune.setup import Setup, pick_device, prepare
 from prompt_tune.shelf import Shelf
 
 PACKAGES = ("vademecum", "torch", "open_clip_torch", "transformers", "numpy", "scikit-learn")

@@ -12,7 +12,7 @@ import numpy as np
 
 from cache.errors import DataError
 from cache.progress import track
-from prompt_tune.data.classes import class_table
+from prompt_tune.data.classes import class_table, renumbered
 from prompt_tune.data.declaration import DataDeclaration
 from prompt_tune.data.duplicates import (
     difference_hash,
@@ -262,8 +262,10 @@ def check_data(spec: str | Path) -> DataReport:
         for name, split in splits.items():
             facts[name] = _facts(split, *_read(split, seen, missing, progress.advance))
     expected, matched = _expected(opened, facts)
+    order = renumbered(opened.found, classes, numbers)
     findings += [
         *unknown,
+        *(Finding("warning", "class order", note) for note in order),
         *_files(pieces, missing, seen.broken),
         *_gaps(facts),
         *_patients(splits, level),

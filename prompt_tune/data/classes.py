@@ -35,6 +35,18 @@ def class_table(
     return classes, numbers
 
 
+def renumbered(
+    found: Found, classes: tuple[DataClass, ...], numbers: dict[str, int]
+) -> tuple[str, ...]:
+    """A note, if files that number the classes do it in another order than the declaration."""
+    theirs = [numbers[label] for label, _ in found.names if label in numbers]
+    if not found.ordered or theirs == sorted(theirs):
+        return ()
+    listed = ", ".join(classes[k].id for k in theirs)
+    note = f"the files number the classes otherwise: {listed}; classes are joined by name, and "
+    return (note + "label order, with base and novel classes, is that of the declaration",)
+
+
 def _alike(found: Found, declared: tuple[DeclaredClass, ...]) -> dict[str, int]:
     """Labels that are one class's id or name but for case, `_` and the like: `Basal_cell`."""
     known: dict[str, set[int]] = {}

@@ -15,6 +15,7 @@ from jaxtyping import Int64
 from PIL.Image import DecompressionBombError, Image
 
 from cache.errors import DataError
+from prompt_tune.data.remembered import Remembered
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, DecompressionBombError)
 BATCH = 256  # images decoded at a time when a whole split is digested
@@ -104,24 +105,28 @@ class ImageSplit:
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        """`image_digest` of every case; decodes the whole split once.
+        """`image_digest` of every case; decodes what is not known by its file's bytes.
 
         Raises:
             DataError: an image cannot be read.
         """
-        found: list[str] = []
+        remembered, found = Remembered.of(self.rows), list[str]()
         for start in range(0, len(self), BATCH):
-            stop = min(start + BATCH, len(self))
+            cases = range(start, min(start + BATCH, len(self)))
+            rows = self.at[cases.start : cases.stop].tolist()
             try:
-                images = self.rows[self.at[start:stop].tolist()]["image"]
-                rgb = [
-                    _rgb(image, file)
-                    for image, file in zip(images, self.files[start:stop], strict=True)
-                ]
+                if remembered is not None:
+                    part = remembered.digests(cases, rows, self._digest)
+                else:
+                    part = [*map(self._digest, cases, self.rows[rows]["image"])]
             except UNREADABLE:
-                rgb = [self.image(i) for i in range(start, stop)]  # names the one at fault
-            found += map(image_digest, rgb)
+                part = [*map(self._digest, cases)]  # names the one at fault
+            found += part
         return tuple(found)
+
+    def _digest(self, index: int, image: Image | None = None) -> str:
+        rgb = self.image(index) if image is None else _rgb(image, self.files[index])
+        return image_digest(rgb)
 
     @cached_property
     def digest(self) -> str:

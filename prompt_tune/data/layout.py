@@ -48,11 +48,13 @@ class Found:
             name where the files have no splits.
         names: (label in the files, class name) in label order; empty where the files name none.
         numbered: the labels are positions in the class list.
+        ordered: the files number the classes, so that `names` has their label order.
     """
 
     parts: dict[str, Part]
     names: tuple[tuple[str, str], ...] = ()
     numbered: bool = False
+    ordered: bool = False
 
 
 @dataclass(frozen=True)

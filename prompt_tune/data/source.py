@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import DataError
+from cache.progress import say
 from cache.recipe import load_recipe, read_yaml, validate
 from cache.registry import suggest
-from prompt_tune.data.classes import class_table
+from prompt_tune.data.classes import class_table, renumbered
 from prompt_tune.data.declaration import PLACES, DataDeclaration, DataFacts, slug
 from prompt_tune.data.expected import refuse_unexpected
 from prompt_tune.data.images import DataClass, ImageSplit
@@ -30,7 +31,8 @@ class DataSource:
         templates: the captions of a prompt ensemble.
         source: where the data come from.
         licence: their licence.
-        notes: what was inferred rather than declared, such as a split made here.
+        notes: what was inferred rather than declared, such as a split made here, and where the
+            files differ from what was declared.
     """
 
     dataset: str
@@ -141,6 +143,9 @@ def load_data(spec: str | Path) -> DataSource:
     declaration, place = opened.declaration, opened.place
     _refuse_missing(opened)
     classes, numbers = class_table(opened.found, declaration, place)
+    order = renumbered(opened.found, classes, numbers)
+    for note in order:
+        say(f"{place}: {note}")
     parts, notes = pieces_of(opened.found, declaration, place)
     splits = {
         name: split_of(name, part, classes, numbers, place)
@@ -159,7 +164,7 @@ def load_data(spec: str | Path) -> DataSource:
         templates=declaration.templates,
         source=declaration.source,
         licence=declaration.licence,
-        notes=notes,
+        notes=(*notes, *order),
     )
 
 

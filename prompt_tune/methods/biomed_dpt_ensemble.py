@@ -40,6 +40,7 @@ class BiomedDptEnsemble(BiomedDPT):
     the form of the regularisation, whether the divergence is still there, and all weights. The
     table of `tuned_for` is that of the first version.
     Differs: there is no search network; its architecture, inputs and objective are not public.
+    Differs: the preset trains on the test transform, as that of `biomed-dpt` does.
     Without texts (`knowledge.control: none`) the captions teach alone.
     """
 

@@ -83,6 +83,8 @@ class BiomedCoOp(CoOp):
     runs a second copy, whose features are the same.
     Differs: the frozen text tower stays in eval mode; the published code trains with BERT's
     dropout.
+    Differs: the preset trains on the test transform (`train.views: 1`); the published code draws a
+    new random crop of every image each time, never mirrored (`views: live`, `flip: false`).
     """
 
     Config = BiomedCoopConfig

@@ -40,6 +40,10 @@ class ClipAdapter(Method):
     Differs: only the visual adapter; the paper's text adapter is not in the authors' code either.
     Differs: the learning rate goes per epoch, as for every method here. The port steps a schedule
     counted in epochs once per batch, so that its rate falls to zero and climbs back.
+    Differs: the preset, which has the port's budget and mix, normalises as the authors do: without
+    it the norm of u scales the logits beside s, and `normalise: false` is the port's.
+    Differs: the preset trains on the test transform (`train.views: 1`); the port draws a new random
+    crop of every image each time, of scale 0.5 to 1, mirrored half of the time.
     """
 
     Config = ClipAdapterConfig

@@ -36,6 +36,9 @@ class CoCoOp(Method):
 
     Differs: all images of a batch go through the text tower at once, the published code's one
     after the other; both are the same function. Its meta-network is in fp16, this one in fp32.
+    Differs: the preset trains on the test transform (`train.views: 1`); the BiomedCoOp benchmark
+    draws a new random crop of every image each time (`views: live`, `flip: false`), the authors'
+    code also mirrors half of them.
     """
 
     Config = CoCoopConfig

@@ -61,6 +61,8 @@ class KgCoOp(CoOp):
     Differs: the paper's eq. 3 has |t_c - z_c|^2, which is twice the distance above; this is the
     published code's.
     Differs: the template is the data's, for all backbones; the code lists its own per data set.
+    Differs: the preset trains on the test transform (`train.views: 1`); the benchmark draws a new
+    random crop of every image each time, never mirrored (`views: live`, `flip: false`).
     """
 
     Config = KgCoopConfig

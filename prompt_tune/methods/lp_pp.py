@@ -68,6 +68,8 @@ class LpPp(Method):
     for the published runs, of equal shots up to 16, that is the sum. Classes without an image start
     at zero.
     Differs: biases start at zero, not at random. The fit is in float64.
+    Differs: features come from the test transform; the medical port takes one random crop of each
+    image (scale 0.5 to 1, mirrored half of the time) for all iterations.
     """
 
     Config = LpPpConfig

@@ -32,8 +32,12 @@ EVERY: dict[Dataset, float] = {
     "octmnist": 1.0,
     "retina": 1.0,
 }
-TEMPERATURES: dict[Protocol, dict[Dataset, float]] = {"few-shot": EVERY, "base-to-novel": EVERY}
-"""`temperature` in the BiomedCoOp benchmark (Koleilat et al., CVPR 2025)."""
+TEMPERATURES: dict[Protocol, dict[Dataset, float]] = {
+    "few-shot": EVERY,
+    "base-to-novel": {name: value for name, value in EVERY.items() if name != "busi"},
+}
+"""`temperature` in the BiomedCoOp benchmark (Koleilat et al., CVPR 2025), which does not run BUSI,
+of three classes, from base to novel."""
 
 
 class ProgradConfig(CoopConfig, Tuned):
@@ -63,6 +67,8 @@ class ProGrad(CoOp):
     Differs: the teacher is a frozen zero-shot classifier for every backbone. The published port to
     BiomedCLIP has none: its teacher's logits are the student's own, so h vanishes and it is CoOp.
     Differs: where h is exactly zero g is taken as it is; the published code divides by zero.
+    Differs: the preset trains on the test transform (`train.views: 1`); the benchmark draws a new
+    random crop of every image each time, never mirrored (`views: live`, `flip: false`).
     """
 
     Config = ProgradConfig

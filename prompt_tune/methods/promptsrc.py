@@ -8,6 +8,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from prompt_tune.class_side import of_classes
 from prompt_tune.context import STD, start_context
 from prompt_tune.method import Batch, Method, MethodConfig, Problem
 from prompt_tune.towers import PromptLayout, Stage
@@ -50,8 +51,8 @@ class PromptSRC(Method):
 
     the L1 means over all B or C times embed entries. The published third part, the
     Gaussian-weighted mean of the prompts over epochs, is `train.average: trainables`, with
-    `average_mean` and `average_std` in the preset. v' is taken from a batch that has features
-    beside its images, and computed without gradient otherwise.
+    `average_mean` and `average_std` in the preset. v' is the cached feature of the view where
+    views are enumerated, and computed in every step where they are `live`.
 
     Differs: the templates are those of the data (at least its one template); the published code
     has 60 of ImageNet for every data set.
@@ -61,6 +62,7 @@ class PromptSRC(Method):
 
     Config = PromptSrcConfig
     reads_images = True
+    reads_features = True
     teacher: Tensor
 
     def __init__(self, config: PromptSrcConfig, problem: Problem) -> None:
@@ -90,6 +92,7 @@ class PromptSRC(Method):
         prompts = list(self.visual_prompt)
         return F.normalize(self.backbone.image.encode(batch.pixels, prompts), dim=-1)
 
+    @of_classes
     def text_features(self) -> Float[Tensor, "classes embed"]:
         """L2-normalised text features of every class under the contexts."""
         stages = [Stage(context) for context in self.context]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from knowledge_extract.capture import Capture
-from knowledge_extract.generate import generate, pad_right, read
+from knowledge_extract.generate import generate, greedy, pad_right, read
 from knowledge_extract.model import as_language_model
 from knowledge_extract.pooling import reader_for, split_rows
 
@@ -45,6 +46,21 @@ def run(language, prompts, most=7, stops=frozenset({END}), last_row="normed"):
         ]
     answers = [answer for part in parts for answer in part.answers]
     return answers, {b: torch.cat([part.states[b] for part in parts]) for b in blocks}
+
+
+def test_greedy_waits_for_the_device_once():
+    read_alone: list[object] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "local_scalar_dense" in str(func):
+                read_alone.append(func)
+            return func(*args, **(kwargs or {}))
+
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0], [0.0, 1.0, 4.0]])
+    with Watch():
+        assert greedy(logits, range(3)) == [1, 0, 2]
+    assert len(read_alone) <= 1
 
 
 def test_text_equals_the_library_s_greedy_decoding(language):

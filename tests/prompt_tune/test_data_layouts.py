@@ -10,6 +10,8 @@ from PIL import Image
 
 from cache.errors import DataError, RecipeError, UnknownNameError
 from prompt_tune.data import load_data
+from prompt_tune.data.check import check_data
+from prompt_tune.data.source import preset
 
 COLOURS = {"basal_cell": (200, 30, 30), "naevus": (30, 200, 30)}
 
@@ -145,6 +147,41 @@ def test_split_json(tmp_path: Path) -> None:
     other = load_data(declaration(tmp_path, f"path: skin.json\n{classes}"))
     assert other["train"].labels.tolist() == [0, 0, 1, 1]
     assert other.classes[0].name == "carcinoma"
+
+
+def test_a_split_file_in_another_order_is_joined_by_name_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its numbers decide the halves of base-to-novel in published code; here the classes do."""
+    names = [c.name for c in preset("kvasir").classes]
+    listing: dict[str, list[list[object]]] = {split: [] for split in ("train", "val", "test")}
+    for k, name in enumerate(names):
+        for s, split in enumerate(listing):
+            file = f"{split}/{k}.png"
+            (tmp_path / split).mkdir(exist_ok=True)
+            picture((k, s, 0)).save(tmp_path / file)
+            listing[split].append([file, k, name])
+    declared = tmp_path / "kvasir.yaml"
+    declared.write_text("preset: kvasir\npath: split.json\n")
+    (tmp_path / "split.json").write_text(json.dumps(listing))
+    usual = load_data(declared)
+    assert usual.notes == ()
+    assert "number" not in capsys.readouterr().err
+    turned = {s: [[f, 7 - int(str(k)), c] for f, k, c in rows] for s, rows in listing.items()}
+    (tmp_path / "split.json").write_text(json.dumps(turned))
+    data = load_data(declared)
+    assert data.classes == usual.classes
+    assert data["test"].labels.tolist() == usual["test"].labels.tolist() == list(range(8))
+    (note,) = data.notes
+    assert note.startswith("the files number the classes otherwise: ulcerative-colitis, polyps, ")
+    assert note in " ".join(capsys.readouterr().err.split("\n"))
+    findings = check_data(declared).findings
+    assert [f.text for f in findings if f.kind == "class order"] == [note]
+    assert all(f.level == "warning" for f in findings if f.kind == "class order")
+    turned["train"][0][2] = "a thing of its own"
+    turned["train"][0][1] = 8
+    (tmp_path / "split.json").write_text(json.dumps(turned))
+    refused(declared, "the label 'a thing of its own' is none of the declared classes")
 
 
 @pytest.mark.parametrize("shape", [(), (3,)], ids=["grey", "rgb"])

@@ -1,6 +1,10 @@
 """Base-to-novel and transfer: which classes, which shots, one checkpoint, one harmonic mean."""
 
+import csv
+import io
 import json
+import re
+import shutil
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +20,11 @@ from typer.testing import CliRunner
 
 from cache.errors import DataError, RunError, VademecumError
 from cache.recipe import validate
+from prompt_tune.base_novel_table import compare_base_to_novel
 from prompt_tune.checkpoint import WEIGHTS
 from prompt_tune.data import few_shot, load_data
 from prompt_tune.data.protocols import base_to_novel, harmonic_mean, mean_harmonic
-from prompt_tune.evaluation import load_run
+from prompt_tune.evaluation import evaluate, load_run
 from prompt_tune.predictions import load_predictions
 from prompt_tune.recipe import TuneRecipe
 from prompt_tune.towers import PromptLayout, Stage
@@ -168,8 +173,6 @@ def test_base_and_novel_make_one_harmonic_mean(problem: SimpleNamespace, base_ru
     novel = evaluate_on(base_run, classes="novel").result
     with pytest.raises(RunError, match="not evaluated on 'test' with the weights it has now"):
         base_to_novel_of(base_run)
-    from prompt_tune.evaluation import evaluate
-
     own = evaluate(base_run).result
     again = evaluate_on(base_run, classes="base")
     assert again.folder.name == "toy-cells-test-base"
@@ -185,6 +188,107 @@ def test_base_and_novel_make_one_harmonic_mean(problem: SimpleNamespace, base_ru
     assert novel["scaled"] is None, "nothing is fitted to labels of the new classes"
     run = json.loads((base_run / "run.json").read_text())
     assert run["metrics"]["toy-cells-test-novel"]["data"] == novel["data"]
+
+
+def _seed_of(
+    source: Path, target: Path, seed: int, base: float, novel: float, *, dataset: str = "toy-cells"
+) -> Path:
+    """A copy of an evaluated run that says it is of another seed, with other accuracies."""
+    shutil.copytree(source, target)
+    run = json.loads((target / "run.json").read_text())
+    run["recipe"]["seed"] = run["recipe"]["samples"]["seed"] = seed
+    run["bindings"]["dataset"] = dataset
+    (target / "run.json").write_text(json.dumps(run))
+    (target / "eval" / "toy-cells-test-novel").rename(target / "eval" / f"{dataset}-test-novel")
+    for place, accuracy in (("test", base), (f"{dataset}-test-novel", novel)):
+        file = target / "eval" / place / "metrics.json"
+        result = json.loads(file.read_text())
+        result["metrics"]["accuracy"] = accuracy
+        file.write_text(json.dumps(result))
+    return target
+
+
+@pytest.fixture(scope="module")
+def halves(
+    base_run: Path, problem: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """CoOp under two seeds on two data sets, and zero-shot on one of them."""
+    root = tmp_path_factory.mktemp("halves")
+    zero = _run(problem, root / "zero-run", "zero-shot", BASE)
+    for run in (base_run, zero):
+        evaluate(run)
+        evaluate_on(run, classes="novel")
+    return [
+        _seed_of(base_run, root / "1", 1, 0.9, 0.5),
+        _seed_of(base_run, root / "2", 2, 0.6, 0.8),
+        _seed_of(base_run, root / "3", 1, 0.4, 0.4, dataset="more_100%"),
+        _seed_of(base_run, root / "4", 2, 0.8, 0.2, dataset="more_100%"),
+        _seed_of(zero, root / "5", 1, 0.7, 0.7),
+    ]
+
+
+def test_the_table_has_the_harmonic_mean_of_each_seed(halves: list[Path], tmp_path: Path) -> None:
+    found = compare_base_to_novel(halves, out=tmp_path)
+    rows = {(row["dataset"], row["method"]): row for row in found.rows}
+    assert list(rows) == [("toy-cells", "zero-shot"), ("toy-cells", "coop"), ("more_100%", "coop")]
+    coop, more = rows["toy-cells", "coop"], rows["more_100%", "coop"]
+    each = [statistics.harmonic_mean(pair) for pair in ((0.9, 0.5), (0.6, 0.8))]
+    assert coop["base"] == pytest.approx([0.75, statistics.stdev((0.9, 0.6))])
+    assert coop["novel"] == pytest.approx([0.65, statistics.stdev((0.5, 0.8))])
+    assert coop["harmonic"] == pytest.approx([statistics.mean(each), statistics.stdev(each)])
+    assert coop["harmonic"][0] < statistics.harmonic_mean((0.75, 0.65)) - 0.01
+    (average,) = found.averages
+    assert average["method"] == "coop"
+    for name in ("base", "novel", "harmonic"):
+        assert average[name][0] == pytest.approx((coop[name][0] + more[name][0]) / 2)
+    assert found.left_out == ("zero-shot",)
+    assert "in no average: zero-shot." in found.text()
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "base-to-novel.csv").read_text())))
+    assert [float(line["harmonic"]) for line in lines[:3]] == [
+        row["harmonic"][0] for row in found.rows
+    ]
+    assert lines[0]["base_std"] == "", "one seed deviates from nothing"
+    assert lines[3]["dataset"] == "mean of 2 data sets"
+    latex = (tmp_path / "base-to-novel.tex").read_text()
+    assert r"more\_100\% & coop & 0.600 $\pm$" in latex
+    assert not re.search(r"(?<!\\)[%_#]", latex)
+    assert "| more_100% | coop | 0.600 ± 0.283 |" in (tmp_path / "base-to-novel.md").read_text()
+    assert compare_base_to_novel(halves[:2]).averages == ()
+
+
+def test_base_to_novel_on_the_command_line(halves: list[Path]) -> None:
+    import cli
+
+    command = ["compare", *map(str, halves), "--split", "test", "--base-to-novel"]
+    plain = CliRunner().invoke(cli.app, [*command, "--style", "markdown"])
+    assert "| data set | method | base | novel | harmonic | seeds |" in plain.stdout
+    found = json.loads(
+        CliRunner().invoke(cli.app, [*command, "--json"]).stdout, parse_constant=pytest.fail
+    )
+    assert found["averages"][0]["harmonic"][1] is None
+    wrong = CliRunner().invoke(cli.app, [*command, "--metric", "ece"])
+    assert "base-to-novel is of accuracies" in str(wrong.exception)
+
+
+def test_base_to_novel_of_a_part(base_run: Path, halves: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not evaluated on 'toy-cells-test-novel-6'"):
+        base_to_novel_of(base_run, part=6)
+    novel = evaluate_on(base_run, classes="novel", part=6).result
+    assert novel["images"] == 6
+    with pytest.raises(RunError, match="not evaluated on 'test-6'"):
+        base_to_novel_of(base_run, part=6)
+    half = evaluate(base_run, part=6).result
+    found = base_to_novel_of(base_run, part=6)
+    assert (found.base, found.novel) == tuple(r["metrics"]["accuracy"] for r in (half, novel))
+    assert found.images == (half["data"], novel["data"])
+    (row,) = compare_base_to_novel([base_run], split="test-6").rows
+    assert row["harmonic"][0] == pytest.approx(found.harmonic)
+    other = tmp_path / "other"
+    shutil.copytree(halves[1], other)
+    file = other / "eval" / "toy-cells-test-novel" / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"data": "0" * 64}))
+    with pytest.raises(RunError, match="toy-cells: the runs were evaluated on different images"):
+        compare_base_to_novel([halves[0], other])
 
 
 def test_knowledge_of_novel_classes_comes_from_the_cache(
@@ -279,8 +383,6 @@ def test_novel_means_never_seen(problem: SimpleNamespace, tmp_path: Path) -> Non
 def test_another_backbone_or_other_weights(
     problem: SimpleNamespace, base_run: Path, tmp_path: Path, tiny_models: ModuleType
 ) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(base_run, run)
     context = safetensors.torch.load_file(run / WEIGHTS)["context"]

@@ -27,10 +27,10 @@ def knowledge(toy, tmp_path):
     return tmp_path / "k.h5"
 
 
-def loaded(path, backbone, toy):
+def loaded(path, backbone, toy, keep=None):
     with KnowledgeCache.open(path) as opened:
         needs = frozenset({"texts"})
-        spec = KnowledgeSpec()
+        spec = KnowledgeSpec(keep=keep)
         return load_texts(
             opened, spec, needs, class_ids=toy.CLASSES, backbone=backbone, seed=1
         ).texts
@@ -59,6 +59,15 @@ def test_stage_two_takes_the_stored_embeddings(knowledge, backbone, toy, tmp_pat
     stored = loaded(tmp_path / "e.h5", backbone, toy)
     assert stored.strings == live.strings
     assert all(torch.equal(a, b) for a, b in zip(stored.embeddings, live.embeddings, strict=True))
+
+
+def test_fewer_texts_take_the_first_stored_embeddings(knowledge, backbone, toy, tmp_path):
+    embed(knowledge, backbone, out=tmp_path / "e.h5")
+    whole = loaded(tmp_path / "e.h5", backbone, toy)
+    fewer = loaded(tmp_path / "e.h5", backbone, toy, keep=2)
+    assert fewer.strings == tuple(own[:2] for own in whole.strings)
+    for a, b in zip(fewer.embeddings, whole.embeddings, strict=True):
+        assert torch.equal(a, b[:2])
 
 
 def test_another_tower_does_not_take_them(knowledge, backbone, toy, tiny_models, tmp_path):

@@ -1,13 +1,16 @@
 """Cached image features: right, shared between splits, private, and never trusted when damaged."""
 
+import hashlib
 import os
 import stat
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 from cache.errors import ModelError, StorageError
 from prompt_tune import features
@@ -15,7 +18,9 @@ from prompt_tune.backbone import Backbone, BackboneSpec, load_backbone
 from prompt_tune.cases import Cases
 from prompt_tune.data.images import DataClass, ImageSplit
 from prompt_tune.data.layouts.npz import pixel_rows
-from prompt_tune.features import image_features
+from prompt_tune.features import image_features, store_of
+from prompt_tune.method import Batch, Method, Problem
+from prompt_tune.methods.promptsrc import PromptSRC, PromptSrcConfig
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +180,95 @@ def test_a_damaged_chunk_is_recomputed(
     assert torch.equal(image_features(backbone, split), first)
     assert sum(encoded) == 12
     assert len(chunks(home)) == 2
+
+
+def test_files_are_mapped_and_only_those_asked_for_are_read(
+    backbone: Backbone, encoded: list[int], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = split_of(12)
+    first = image_features(backbone, split)
+    checked: list[Path] = []
+    original = features.is_sound
+
+    def is_sound(path: Path) -> bool:
+        checked.append(path)
+        return original(path)
+
+    monkeypatch.setattr(features, "is_sound", is_sound)
+    store = store_of(backbone, 0, 0)
+    assert not checked
+    found = image_features(backbone, split.subset([1, 2]), open_store=lambda *_: store)
+    assert torch.equal(found, first[[1, 2]])
+    assert len(checked) == 1
+    assert sum(encoded) == 12
+    if sys.platform == "linux":
+        maps = Path("/proc/self/maps").read_text()
+        assert all(path.name in maps for path in chunks(home))
+        lines = [x.split() for x in maps.splitlines() if "/view-0/" in x]
+        places = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+        row = store[split.digests[1]].__array_interface__["data"][0]
+        assert any(start <= row < end for start, end in places), "a view of the mapping"
+
+
+def test_files_of_an_earlier_version_are_read(
+    backbone: Backbone, encoded: list[int], home: Path
+) -> None:
+    split = split_of(3)
+    values = np.random.default_rng(0).normal(size=(3, 24)).astype(np.float32)
+    keys = np.array([list(bytes.fromhex(d)) for d in split.digests], dtype=np.uint8)
+    data = save({"digests": keys, "features": values}, metadata={"patient_derived": "true"})
+    folder = store_of(backbone, 0, 0).folder
+    (folder / f"{hashlib.sha256(data).hexdigest()}.safetensors").write_bytes(data)
+    assert np.array_equal(image_features(backbone, split)[:, 0].numpy(), values)
+    assert not encoded
+
+
+@pytest.mark.parametrize("wrong", ["width", "kind", "keys", "names"])
+def test_sound_files_of_something_else_are_left_alone(
+    backbone: Backbone, encoded: list[int], wrong: str
+) -> None:
+    split = split_of(3)
+    keys = np.array([list(bytes.fromhex(d)) for d in split.digests], dtype=np.uint8)
+    values = np.zeros((3, 24), dtype=np.float32)
+    stored = {"digests": keys, "features": values}
+    stored |= {
+        "width": {"features": values[:, 1:].copy()},
+        "kind": {"features": values.astype(np.float64)},
+        "keys": {"digests": keys[:, 1:].copy()},
+        "names": {"features": values, "digests": keys.astype(np.int64)},
+    }[wrong]
+    data = save(stored)
+    folder = store_of(backbone, 0, 0).folder
+    path = folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+    path.write_bytes(data)
+    assert image_features(backbone, split).abs().sum() > 1
+    assert sum(encoded) == 3
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("views", [1, 3, "live"])
+def test_the_frozen_tower_does_not_run_in_a_step_that_has_its_features(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, views: int | str
+) -> None:
+    problem = Problem(backbone, ("cell", "red cell"))
+    method = PromptSRC(PromptSrcConfig(), problem)
+    assert PromptSRC.reads_features
+    assert not Method.reads_features
+    cases = Cases(split_of(6), backbone, pixels=True, frozen=True, views=views, seed=4)
+    cases.prepare()
+    frozen: list[bool] = []
+    encode = backbone.image.encode
+
+    def counting(images, prompts=None):
+        frozen.append(prompts is None)
+        return encode(images, prompts)
+
+    monkeypatch.setattr(backbone.image, "encode", counting)
+    batch = cases.batch(torch.tensor([5, 0, 3]), epoch=2)
+    loss = method.loss(batch)
+    assert frozen == [False] if views != "live" else frozen == [False, True]
+    plain = method.loss(Batch(batch.labels, images=batch.images))
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=1e-6)
 
 
 def test_files_are_private_and_marked(backbone: Backbone, home: Path) -> None:

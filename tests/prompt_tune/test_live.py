@@ -1,5 +1,7 @@
 """The live-token engine against a plain computation of every position, by the libraries' blocks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import open_clip
@@ -217,7 +219,7 @@ def plain_image(model: Any, images: Tensor, prompts: list[Tensor]) -> Tensor:
     """Every position, with the library's blocks."""
     visual = model.visual
     timm = hasattr(visual, "trunk")
-    n = prompts[0].shape[0]
+    n = prompts[0].shape[0] if prompts else 0
     if timm:
         trunk = visual.trunk
         x, norm, blocks = trunk._pos_embed(trunk.patch_embed(images)), trunk.norm_pre, trunk.blocks
@@ -226,7 +228,7 @@ def plain_image(model: Any, images: Tensor, prompts: list[Tensor]) -> Tensor:
         first = visual.class_embedding.expand(x.shape[0], 1, -1)
         x = torch.cat([first, x], dim=1) + visual.positional_embedding
         norm, blocks = visual.ln_pre, visual.transformer.resblocks
-    x = norm(torch.cat([x, prompts[0].expand(x.shape[0], -1, -1)], dim=1))
+    x = norm(torch.cat([x, *(p.expand(x.shape[0], -1, -1) for p in prompts[:1])], dim=1))
     for k, block in enumerate(blocks):
         if 0 < k < len(prompts):
             x = torch.cat([x[:, :-n], prompts[k].expand(x.shape[0], -1, -1)], dim=1)
@@ -234,7 +236,7 @@ def plain_image(model: Any, images: Tensor, prompts: list[Tensor]) -> Tensor:
     if timm:
         return visual.head(visual.trunk.head(visual.trunk.norm(x)[:, 0]))
     if visual.pool_type == "avg":
-        return visual.ln_post(x)[:, 1:-n].mean(dim=1) @ visual.proj
+        return visual.ln_post(x)[:, 1 : x.shape[1] - n].mean(dim=1) @ visual.proj
     return visual.ln_post(x[:, 0]) @ visual.proj
 
 
@@ -248,6 +250,53 @@ def _image_case(model: Any, stages: int) -> None:
         for _ in range(stages)
     ]
     compare(tower.encode(images, prompts), plain_image(model, images, prompts), prompts)
+
+
+@contextmanager
+def cut_to(model: Any, depth: int, pool: str) -> Iterator[None]:
+    """The image tower with its first blocks only, and another pooling."""
+    visual = model.visual
+    if hasattr(visual, "trunk"):
+        holder, name, pooling, wanted = visual.trunk, "blocks", visual.trunk, "token"
+        option = "global_pool"
+    else:
+        holder, name, pooling, wanted = visual.transformer, "resblocks", visual, pool
+        option = "pool_type"
+    kept, used = getattr(holder, name), getattr(pooling, option)
+    setattr(holder, name, kept[:depth])
+    setattr(pooling, option, wanted)
+    try:
+        yield
+    finally:
+        setattr(holder, name, kept)
+        setattr(pooling, option, used)
+
+
+@pytest.mark.parametrize("kind", ["causal", "bert-cls"])
+@QUICK
+@given(
+    depth=st.integers(1, LAYERS),
+    stages=st.integers(0, LAYERS),
+    batch=st.integers(1, 3),
+    count=st.integers(1, 4),
+    pool=st.sampled_from(["tok", "avg"]),
+    seed=st.integers(0, 99),
+)
+def test_an_image_tower_equals_the_computation_of_every_position(
+    models, kind, depth, stages, batch, count, pool, seed
+):
+    model, g = models[kind][0], torch.Generator().manual_seed(seed)
+    with cut_to(model, depth, pool):
+        tower = image_tower(model)
+        assert len(tower.blocks) == depth
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
+        images = draw(batch, 3, tower.image_size, tower.image_size)
+        prompts = [draw(count, tower.width) for _ in range(min(stages, depth))]
+        found, plain = tower.encode(images, prompts), plain_image(model, images, prompts)
+        compare(found, plain, [images, *prompts])
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])

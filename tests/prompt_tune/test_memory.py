@@ -223,6 +223,57 @@ def test_free_memory_is_some() -> None:
     assert 2**24 < free_bytes(torch.device("cpu")) < 2**50
 
 
+def _tree(root: Path, files: dict[str, str]) -> Path:
+    machine = {"proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 8000 kB\n"}
+    for name, text in (machine | files).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def _group(folder: str, limit: object, used: int, idle: int = 0) -> dict[str, str]:
+    stat = f"anon 5\ninactive_file {idle}\nactive_file 7\n"
+    names = {"memory.max": f"{limit}\n", "memory.current": f"{used}\n", "memory.stat": stat}
+    return {f"sys/fs/cgroup/{folder}{name}": text for name, text in names.items()}
+
+
+def _old_group(folder: str, limit: int, used: int, idle: int = 0) -> dict[str, str]:
+    names = {
+        "memory.limit_in_bytes": f"{limit}\n",
+        "memory.usage_in_bytes": f"{used}\n",
+        "memory.stat": f"inactive_file 1\ntotal_inactive_file {idle}\n",
+    }
+    return {f"sys/fs/cgroup/memory/{folder}{name}": text for name, text in names.items()}
+
+
+OURS, JOB = {"proc/self/cgroup": "0::/slurm/job/step\n"}, "slurm/job/step/"
+OLD = {"proc/self/cgroup": "5:cpu,cpuacct:/else\n4:memory:/slurm/job\n1:name=systemd:/x\n0::/u\n"}
+MACHINE = 8000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, MACHINE),
+        (OURS, MACHINE),
+        (OURS | _group(JOB, "max", 10), MACHINE),
+        (OURS | _group(JOB, 5000, 2000), 3000),
+        (OURS | _group(JOB, 5000, 4000, idle=1500), 2500),
+        (OURS | _group(JOB, 5000, 6000), 0),
+        (OURS | _group(JOB, "max", 10) | _group("slurm/", 7000, 100), 6900),
+        (OURS | _group(JOB, 5000, 2000) | _group("slurm/job/", 4000, 2000), 2000),
+        (OURS | _group(JOB, 10**15, 2000), MACHINE),
+        ({"proc/self/cgroup": "0::/\n"} | _group("", 9000, 1000), 8000),
+        (OLD | _old_group("slurm/job/", 5000, 2000, idle=500), 3500),
+        (OLD | _old_group("slurm/", 5000, 3000), 2000),
+        (OLD | _old_group("slurm/job/", 2**63 - 4096, 2000), MACHINE),
+        (OLD | _old_group("", 5000, 1000), 4000),  # in a container: the group is mounted alone
+    ],
+)
+def test_limits_of_control_groups_count(tmp_path: Path, files: dict[str, str], free: int) -> None:
+    assert free_bytes(torch.device("cpu"), _tree(tmp_path, files)) == free
+
+
 def recipe(problem: SimpleNamespace, **train: Any) -> TuneRecipe:
     method = {"name": "cilmp", "prefix": 2, "suffix": 2, "rank": 2, "visual_prompts": 2}
     data = {

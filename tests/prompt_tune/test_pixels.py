@@ -24,6 +24,7 @@ from prompt_tune.features import image_features
 from prompt_tune.loop import train
 from prompt_tune.method import Batch
 from prompt_tune.pixels import stored_pictures
+from prompt_tune.private_files import is_sound, keep_private
 from prompt_tune.recipe import TrainSpec
 from prompt_tune.seeds import derive_seed
 
@@ -213,7 +214,7 @@ def test_training_sees_the_same_pixels_as_from_the_files(
     cases = Cases(split, backbone, pixels=True, views=views, seed=4)
     indices = torch.tensor([5, 0, 3])
     evaluated = cases.batch(indices).images
-    assert not home.exists(), "evaluation keeps nothing"
+    assert len(set(decoded)) == len(decoded) == 6, "evaluation keeps what it decodes"
     cases.prepare()
     before = len(decoded)
     for epoch in (1, 2):
@@ -236,9 +237,36 @@ def test_a_batch_at_once_is_the_same(backbone: Backbone) -> None:
 def test_views_of_features_decode_once(backbone: Backbone, decoded: list[int]) -> None:
     split = split_of(5)
     image_features(backbone, split, views=4, seed=2)
-    assert len(decoded) == 10  # view 0 from the files, three from the store
+    assert sorted(decoded) == list(range(5))
     image_features(backbone, split, views=4, seed=2)
-    assert len(decoded) == 10
+    assert len(decoded) == 5
+
+
+def test_frozen_features_and_pixels_decode_once(backbone: Backbone, decoded: list[int]) -> None:
+    cases = Cases(split_of(5), backbone, pixels=True, frozen=True)
+    assert cases.batch(torch.arange(5), epoch=1).features is not None
+    assert sorted(decoded) == list(range(5))
+
+
+def test_validation_decodes_once(backbone: Backbone, decoded: list[int], home: Path) -> None:
+    split = split_of(5)
+    for _ in range(2):  # in two processes, as it were
+        cases = Cases(split, backbone, pixels=True)
+        for _ in range(3):
+            found = torch.cat([batch.images for batch in cases.in_order(2)])
+    assert sorted(decoded) == list(range(5))
+    expected = torch.stack([backbone.preprocess(image) for image in split.rows.images])
+    assert torch.equal(found, expected)
+
+
+def test_a_damaged_file_of_the_same_name_is_replaced(home: Path) -> None:
+    home.mkdir(parents=True)
+    path = keep_private(home, b"derived")
+    assert keep_private(home, b"derived") == path
+    path.write_bytes(b"derive")
+    assert not is_sound(path)
+    assert keep_private(home, b"derived") == path
+    assert path.read_bytes() == b"derived"
 
 
 class Line(nn.Module):

@@ -11,13 +11,14 @@ import torch
 from cache.errors import DataError, RecipeError, SystemRefusedError
 from cache.recipe import digest_of, validate
 from prompt_tune import loop
+from prompt_tune.bindings import binding_digest
 from prompt_tune.checkpoint import TrainState
 from prompt_tune.data.source import load_data
 from prompt_tune.evaluation import evaluate
 from prompt_tune.predictions import load_predictions
 from prompt_tune.recipe import TrainSpec, TuneRecipe
 from prompt_tune.report import describe_run
-from prompt_tune.setup import binding_digest, pick_device, prepare, split_of
+from prompt_tune.setup import pick_device, prepare, split_of
 from prompt_tune.shelf import Shelf
 from prompt_tune.tuning import RunResult, tune
 
@@ -100,7 +101,7 @@ def test_a_recipe_without_the_later_keys_keeps_its_digest(problem: SimpleNamespa
     plain = recipe_of(problem)
     fields = plain.model_dump()
     del fields["classes"], fields["backbone"]
-    for key in ("optimizer", "precision", "max_gb", "compile"):
+    for key in ("optimizer", "precision", "max_gb", "compile", "flip"):
         del fields["train"][key]
     for key in ("texts", "symptoms", "attributes"):
         del fields["knowledge"][key]
@@ -212,3 +213,16 @@ def test_published_averaging_sums_in_the_precision_of_each_tensor(
         if mean.dtype == torch.float16:
             exact = sum(w * e[name].float() for w, e in zip(weights, seen, strict=True))
             assert not torch.equal(mean, torch.as_tensor(exact).half())
+
+
+def test_training_gives_frozen_features_beside_pixels_where_a_method_reads_them(
+    problem: SimpleNamespace,
+) -> None:
+    recipe = recipe_of(problem, method={"name": "promptsrc"})
+    setup = prepare(recipe, data=problem.data, knowledge=None, samples=None)
+    batches = [
+        setup.cases(setup.train, training=training).batch(torch.arange(2), epoch=1)
+        for training in (True, False)
+    ]
+    assert [batch.features is not None for batch in batches] == [True, False]
+    assert all(batch.images is not None for batch in batches)

@@ -23,10 +23,10 @@ from cache.errors import (
 )
 from cache.recipe import digest_of, validate
 from cache.store import KnowledgeCache
+from prompt_tune.bindings import LATER, made_with
 from prompt_tune.checkpoint import STATE, WEIGHTS
 from prompt_tune.evaluation import evaluate
 from prompt_tune.recipe import TuneRecipe, load_tune_recipe
-from prompt_tune.setup import LATER, made_with
 from prompt_tune.tuning import tune
 
 CILMP = {

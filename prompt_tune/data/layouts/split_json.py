@@ -34,7 +34,8 @@ def _part(name: str, entries: Any, classes: dict[int, str], path: Path, root: Pa
 def read(place: str, declaration: DataDeclaration) -> Found:
     """The images a split file lists, with paths relative to it or to the declared `images`.
 
-    A class is known by its name; the integer labels give the order where no classes are declared.
+    A class is known by its name; the integer labels give the order where no classes are declared,
+    and where they are, another order is noted.
 
     Raises:
         DataError: missing file, another shape, a label with two names, a missing image.
@@ -51,7 +52,7 @@ def read(place: str, declaration: DataDeclaration) -> Found:
     classes: dict[int, str] = {}
     root = image_root(path, declaration)
     parts = {name: _part(name, rows, classes, path, root) for name, rows in listing.items()}
-    return Found(parts, tuple((classes[k], classes[k]) for k in sorted(classes)))
+    return Found(parts, tuple((classes[k], classes[k]) for k in sorted(classes)), ordered=True)
 
 
 LAYOUT = Layout(matches=lambda path: path.suffix.lower() == ".json", read=read, lists=True)

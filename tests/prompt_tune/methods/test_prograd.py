@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cache.errors import RecipeError
 from prompt_tune.backbone import Backbone
 from prompt_tune.method import Batch
 from prompt_tune.methods.prograd import TEMPERATURES
@@ -91,3 +92,7 @@ def test_temperatures(plain: Any, double_backbone: Backbone) -> None:
     assert plain.build("prograd", problem, tuned_for="busi", temperature=3.0).temperature == 3
     changed = {k: v for k, v in TEMPERATURES["few-shot"].items() if v != 1}
     assert changed == {"btmri": 2, "busi": 0.25, "dermamnist": 4}
+    novel = {"tuned_for": "btmri", "protocol": "base-to-novel"}
+    assert plain.build("prograd", problem, **novel).temperature == 2
+    with pytest.raises(RecipeError, match="no base-to-novel values are published for 'busi'"):
+        plain.build("prograd", problem, **novel | {"tuned_for": "busi"})

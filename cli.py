@@ -632,7 +632,7 @@ def ablate(
     metric: Annotated[str, typer.Option(help="What is compared.")] = "accuracy",
     only: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="knowledge, 'image condition', rank, rows or source. May be repeated."),
+        typer.Option(help="knowledge, 'image condition', rank, rows, texts or source. Repeatable."),
     ] = None,
     source: Annotated[
         Optional[list[str]],  # noqa: UP045

@@ -139,6 +139,8 @@ def _settings(folder: Path, run: Mapping[str, Any], names: dict[str, str]) -> di
     plain = recipe.model_dump(mode="json", exclude={"backbone"})
     plain["method"] = recipe.method_config(where=folder / RUN).model_dump(mode="json")
     del plain["knowledge"]["expect"]  # the blocks that were read say it
+    if recipe.train.views == 1:
+        del plain["train"]["flip"]  # a switch of views that are not taken
     bound, name = run["bindings"], str(run["backbone"]["name"])
     flat = _flat(plain)
     if recipe.backbone.aligned is not None or "alignment" in run["backbone"]["notes"]:

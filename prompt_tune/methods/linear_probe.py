@@ -59,7 +59,7 @@ class LinearProbe(Method):
         strengths = self.settings.strengths if val is not None else [1.0]
         best = (-1.0, 0.0)
         for strength in sorted(strengths):
-            solver = LogisticRegression(C=1.1 * strength, max_iter=self.settings.max_iterations)
+            solver = LogisticRegression(C=strength, max_iter=self.settings.max_iterations)
             solver.fit(x, y)
             weight, bias = self._spread(solver.classes_, solver.coef_, solver.intercept_)
             score = 0.0

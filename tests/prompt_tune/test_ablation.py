@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,7 +15,8 @@ from cache.recipe import validate
 from cache.store import KnowledgeCache
 from prompt_tune.ablation import Variant, ablate, variants
 from prompt_tune.backbone import BackboneSpec, load_backbone
-from prompt_tune.method_table import find_runs
+from prompt_tune.method import Need
+from prompt_tune.method_groups import find_runs
 from prompt_tune.recipe import KnowledgeSpec, TuneRecipe
 from prompt_tune.texts import load_texts
 
@@ -23,8 +24,13 @@ CILMP = {"name": "cilmp", "prefix": 2, "suffix": 2, "rank": 2, "visual_depth": 0
 TEXTS = {"name": "zero-shot", "source": "texts"}
 
 
-def recipe_of(method: dict[str, object], folder: str = "tower", **changes: object) -> TuneRecipe:
-    data = {"backbone": {"folder": folder}, "method": method, "samples": {"shots": 2}, **changes}
+def recipe_of(method: Mapping[str, object], folder: str = "tower", **changes: object) -> TuneRecipe:
+    data = {
+        "backbone": {"folder": folder},
+        "method": dict(method),
+        "samples": {"shots": 2},
+        **changes,
+    }
     return validate(TuneRecipe, data, where="test")
 
 
@@ -85,7 +91,7 @@ def test_fewer_texts(name: str) -> None:
 @pytest.mark.parametrize("control", ["cached", "shuffled", "random"])
 def test_keep_leaves_the_first_texts(world: SimpleNamespace, control: Any, toy: ModuleType) -> None:
     backbone = load_backbone(BackboneSpec(folder=world.folder))
-    needs = frozenset({"texts", "symptoms"})
+    needs: frozenset[Need] = frozenset({"texts", "symptoms"})
     kept, whole = (
         load_texts(
             KnowledgeCache.open(world.root / "one.h5"),

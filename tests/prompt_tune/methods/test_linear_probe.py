@@ -89,7 +89,8 @@ def test_the_strength_is_the_best_on_validation_images_the_smallest_on_a_tie() -
         cases, val = batch(9, 3, seed=seed), batch(45, 3, seed=100 + seed)
         method = probe(3, *strengths)
         found = method.fit(cases, val)
-        x, y = (F.normalize(part.features, dim=-1).double().numpy() for part in (cases, val))
+        assert cases.features is not None and val.features is not None
+        x, y = (F.normalize(f, dim=-1).double().numpy() for f in (cases.features, val.features))
         scores = [
             LogisticRegression(C=strength, max_iter=1000).fit(x, cases.labels).score(y, val.labels)
             for strength in strengths

@@ -127,6 +127,18 @@ def test_blocks_made_alike_are_told_apart_by_their_ids(
     ]
 
 
+def test_mirroring_tells_methods_apart_where_views_are_random(
+    world: SimpleNamespace, tmp_path: Path
+) -> None:
+    off = twin(world.coop, tmp_path / "off", recipe__train__flip=False, **seed(2))
+    assert [len(g.seeds) for g in grouped([world.coop, off])] == [2]
+    random = [
+        twin(world.coop, tmp_path / f"{flip}", recipe__train__views=4, recipe__train__flip=flip)
+        for flip in (True, False)
+    ]
+    assert len(grouped(random)) == 2
+
+
 def test_the_same_seed_twice_is_refused(world: SimpleNamespace, tmp_path: Path) -> None:
     again = twin(world.coop, tmp_path / "again")
     match = rf"toy-cells: two runs of one method have the seed 1; found .*{again}\. Name only one"

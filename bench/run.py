@@ -179,8 +179,6 @@ def single(bench: Bench) -> Row:
     """One run of each kind; gives that of CoOp."""
     kind = f"{bench.shots}-shot"
     coop = bench.add(bench.tune(f"{kind} CoOp", "coop", "coop", "1"))
-    half = f"{kind} CoOp, `train.precision: bf16`"
-    bench.add(bench.tune(half, "coop", "half", "1", "train.precision=bf16"))
     still = ("method.visual_depth=0", "train.views=1")
     bench.add(bench.tune(f"{kind} CILMP, no visual prompts", "cilmp", "cilmp", "1", *still))
     name = f"{kind} CILMP with visual prompts, {STEPS} steps"

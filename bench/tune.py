@@ -350,16 +350,16 @@ def measure(case: Case, part: str, options: Any, foresee: Predictions) -> dict[s
 
 
 def shown(cells: Any, way: str, key: str, *, against: str = "ours") -> str:
-    """How many times `against` a contender needs, or what it is predicted to need."""
+    """How many times `against` a contender needs, or under seconds what it is predicted to need."""
     cell, other = cells.get(way), cells[against]
     if cell is None:
         return ""
     if "seconds" not in cell:
         gb, minutes = cell["predicted_gb"], cell["predicted_minutes"]
-        return f"does not fit: {gb:.0f} GB, {minutes:.1f} min"
+        return f"does not fit: {gb:.0f} GB, {minutes:.1f} min" if key == "seconds" else ""
     if way != against and "seconds" in other:
         return f"×{cell[key] / other[key]:.2f}"
-    return f"{cell[key]:,}" if isinstance(cell[key], int) else f"{cell[key]:.3g}"
+    return f"{cell[key]:,.0f}" if cell[key] >= 100 else f"{cell[key]:.3g}"
 
 
 def tables(rows: list[dict[str, Any]]) -> str:

@@ -667,6 +667,8 @@ def ablate(
         device=pick_device(device),
     )
     _say(found.to_json(), as_json, found.text())
+    for error in found.refused.values():
+        raise error
 
 
 @data_app.command("check")

@@ -6,13 +6,13 @@ same images; what remains of the lead over the variant is given with a paired in
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from cache.durable import storage_errors, write_atomic
-from cache.errors import DataError, RecipeError
+from cache.errors import CacheError, DataError, RecipeError, VademecumError
 from prompt_tune import figures
 from prompt_tune.checkpoint import write_json
 from prompt_tune.many import combinations, tune_many
@@ -58,16 +58,19 @@ class Ablation:
         metric: what is compared.
         rows: per variant its score, and how far the recipe as it stands is ahead of it.
         note: on how many images and seeds, and what a constant answer scores.
+        refused: variants that recipe, cache or data do not allow, with the reason.
     """
 
     folder: Path
     metric: str
     rows: tuple[dict[str, Any], ...]
     note: str
+    refused: Mapping[str, VademecumError] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {"metric": self.metric, "rows": self.rows, "note": self.note}
+        refused = {name: str(error) for name, error in self.refused.items()}
+        return {"metric": self.metric, "rows": self.rows, "note": self.note, "refused": refused}
 
     def text(self, style: TableStyle = "text") -> str:
         """The table and its note."""
@@ -83,7 +86,8 @@ class Ablation:
             others = [f"{row['beside'][name]:.3f}" for name in beside]
             shown = [row["variant"], row["about"], value, *others, lead]
             cells.append([*shown, "–" if p is None else f"{p:.3f}"])
-        return f"{laid_out(cells, style, left=(0, 1))}\n\n{self.note}"
+        lost = "".join(f"\n\nNot run: {name}. {error}" for name, error in self.refused.items())
+        return f"{laid_out(cells, style, left=(0, 1))}\n\n{self.note}{lost}"
 
 
 def variants(recipe: TuneRecipe, sources: Mapping[str, Path] | None = None) -> list[Variant]:
@@ -168,7 +172,8 @@ def ablate(  # noqa: PLR0913 - a whole experiment
 ) -> Ablation:
     """Runs every variant under every seed in one process, and says what remained.
 
-    Finished runs are skipped, an unfinished one goes on.
+    Finished runs are skipped, an unfinished one goes on. A variant that is refused, as a source
+    with other texts than the method takes, is left out of the table and said.
 
     Args:
         recipe: a method that reads knowledge, with control `cached`.
@@ -186,7 +191,8 @@ def ablate(  # noqa: PLR0913 - a whole experiment
     Raises:
         RecipeError: see `variants`; an unknown question.
         DataError: no such metric.
-        VademecumError: see `tune`.
+        VademecumError: see `tune`, for the recipe as it stands; for variants, what no other recipe,
+            cache or data would mend.
     """
     if metric not in MEASURES:
         what = f"no metric {metric!r}"
@@ -200,25 +206,35 @@ def ablate(  # noqa: PLR0913 - a whole experiment
     shelf = Shelf()
     scores: dict[str, Score] = {}
     predictions: dict[str, list[Predictions]] = {}
+    refused: dict[str, VademecumError] = {}
     for variant in chosen:
         place = out / re.sub(r"[^a-z0-9]+", "-", variant.name.lower()).strip("-")
-        runs = tune_many(
-            recipe,
-            [{**variant.changes, **c} for c in combinations(tuple(seeds), {})],
-            data=data,
-            out=place,
-            knowledge=variant.knowledge or knowledge,
-            device=device,
-            split=split,
-            part=part,
-            shelf=shelf,
-        )
+        try:
+            runs = tune_many(
+                recipe,
+                [{**variant.changes, **c} for c in combinations(tuple(seeds), {})],
+                data=data,
+                out=place,
+                knowledge=variant.knowledge or knowledge,
+                device=device,
+                split=split,
+                part=part,
+                shelf=shelf,
+            )
+        except (RecipeError, CacheError, DataError) as error:
+            if variant.name == BASE:
+                raise
+            refused[variant.name] = error
+            continue
         name = split if part is None else f"{split}-{part}"
         files = [place / r["run"] / EVALUATIONS / name / PREDICTIONS for r in runs.rows]
         predictions[variant.name] = [load_predictions(f) for f in files]
         scores[variant.name] = score(predictions[variant.name], metric)
+    chosen = [v for v in chosen if v.name not in refused]
+    if refused and len(chosen) == 1:
+        raise next(iter(refused.values()))
     rows = _rows(chosen, scores, predictions, metric)
-    found = Ablation(out, metric, rows, _note(predictions[BASE]))
+    found = Ablation(out, metric, rows, _note(predictions[BASE]), refused)
     with storage_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     write_json(out / "ablation.json", found.to_json())

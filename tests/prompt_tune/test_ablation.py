@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cache.errors import DataError, RecipeError
+from cache.errors import DataError, MissingKnowledgeError, RecipeError
 from cache.recipe import validate
 from cache.store import KnowledgeCache
 from prompt_tune.ablation import Variant, ablate, variants
@@ -129,6 +129,25 @@ def test_another_source_is_another_cache_whatever_the_recipe_expects(
         sources={"other": world.root / "two.h5"},
     )
     assert [row["variant"] for row in found.rows] == ["cached", "source other"]
+
+
+def test_a_variant_that_is_refused_is_said_and_the_others_stand(
+    world: SimpleNamespace, toy: ModuleType
+) -> None:
+    toy.cache(world.root / "lacks.h5", classes=toy.CLASSES[:2])
+    where = {"data": world.data, "knowledge": world.root / "one.h5", "seeds": (1,)}
+    sources = {"lacks": world.root / "lacks.h5", "other": world.root / "two.h5"}
+    recipe, out = recipe_of(TEXTS, world.folder), world.root / "refused"
+    found = ablate(recipe, **where, out=out, only=["source"], sources=sources)
+    assert [row["variant"] for row in found.rows] == ["cached", "source other"]
+    assert isinstance(found.refused["source lacks"], MissingKnowledgeError)
+    for text in (found.text(), (out / "ablation.md").read_text()):
+        assert f"Not run: source lacks. {found.refused['source lacks']}" in text
+    assert list(json.loads((out / "ablation.json").read_text())["refused"]) == ["source lacks"]
+    del sources["other"]
+    with pytest.raises(MissingKnowledgeError):
+        ablate(recipe, **where, out=world.root / "none", only=["source"], sources=sources)
+    assert not (world.root / "none" / "ablation.json").exists()
 
 
 def test_a_row_says_more_than_its_metric_and_the_note_what_a_guess_scores(

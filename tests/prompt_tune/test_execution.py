@@ -23,6 +23,7 @@ from prompt_tune.interventions import Intervention
 from prompt_tune.method import Batch, KnowledgeRows, Problem
 from prompt_tune.methods.cilmp import CILMP, CilmpConfig
 from prompt_tune.methods.coop import CoOp, CoopConfig
+from prompt_tune.towers.attention import KeyValue, attend
 from prompt_tune.towers.lowrank import LowRank
 
 NAMES = ("skin", "large round cell", "basophil nucleus with dark granules", "normal", "cell")
@@ -201,6 +202,24 @@ def test_bf16_is_near_float64_in_logits_and_gradients(
     assert (together[0] - together[1]).norm() < 0.1 * together[1].norm()
     assert {p.dtype for p in method.parameters()} == {torch.float32}
     assert {g.dtype for g in grads.values()} == {torch.float32}
+
+
+def test_few_queries_are_attended_in_fp32_on_a_processor() -> None:
+    torch.manual_seed(0)
+    rounded = torch.randn(3, 2, 3, 4, 9, 8).bfloat16()
+    near, exact = rounded.clone().requires_grad_(), rounded.float().requires_grad_()
+    unseen, grad = torch.rand(3, 9, 9) < 0.2, torch.randn(2, 3, 4, 9, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(near[0], [KeyValue((), near[1], near[2])], unseen)
+    query, key, value = exact
+    scores = (query @ key.mT / 8**0.5).masked_fill(unseen[:, None], -torch.inf)
+    wanted = scores.softmax(dim=-1) @ value
+    assert out.dtype == torch.bfloat16
+    out.backward(grad)
+    wanted.backward(grad.float())
+    assert near.grad is not None and exact.grad is not None
+    for found, true in ((out, wanted), (near.grad, exact.grad)):  # rounded once, to eight places
+        assert ((found.float() - true).abs() <= 2.0**-8 * true.abs() + 1e-5).all()
 
 
 @QUICK

@@ -72,6 +72,27 @@ def _refuse_together(option: str, wrong: bool, other: str, *, with_it: bool = Fa
         raise RecipeError(what, where=option, do=do)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("vademecum")
+        except PackageNotFoundError:  # run from a checkout
+            number = "(not installed)"
+        typer.echo(f"vademecum {number}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+
+
 def _say(value: Any, as_json: bool, text: str) -> None:
     typer.echo(json.dumps(value, indent=2, sort_keys=True) if as_json else text)
 
@@ -724,6 +745,22 @@ def assets_verify(
         raise SystemExit(3)
 
 
+@app.command("list")
+def list_names(
+    kind: Annotated[
+        str | None,
+        typer.Argument(help="methods, recipes, alignment, extraction or data; else all."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What comes with the package, by name: methods, recipes and data sets."""
+    from knowledge_extract.presets import FOLDER
+    from prompt_tune.listing import describe, listing
+
+    found = listing(kind, others={"extraction": FOLDER})
+    _say(found, as_json, describe(found))
+
+
 @app.command()
 def demo(
     out: Annotated[
@@ -740,7 +777,8 @@ def demo(
         typer.echo(describe_prediction(predicted_seconds(steps)))
     for step in steps:
         typer.echo(f"\n$ vademecum {step.line}")
-        app(step.arguments, standalone_mode=False)
+        if code := app(step.arguments, standalone_mode=False):  # an interrupt comes back as 130
+            raise SystemExit(code)
 
 
 def _extra(arguments: list[str]) -> str:

@@ -27,4 +27,9 @@ def need(purpose: str, *packages: str, extra: str) -> None:
 def missing(purpose: str, package: str, extra: str) -> MissingExtraError:
     """The error that says a package is absent and how to get it."""
     what = f"{purpose} needs the package {package!r}, which is not installed"
-    return MissingExtraError(what, do=f"Install it with: pip install 'vademecum[{extra}]'.")
+    return MissingExtraError(what, do=install(extra))
+
+
+def install(extra: str) -> str:
+    """How to get an extra: this project is on no package index, and its name there is free."""
+    return f"Install it with: pip install -c constraints.txt -e '.[{extra}]' in the checkout."

@@ -14,6 +14,7 @@ from cache.plain import redact
 from cache.recipe import canonical_json
 from cache.store import Block, KnowledgeCache
 
+VERIFY = "vademecum cache verify"
 SHOWN = 60  # characters of a foreign text
 
 
@@ -25,7 +26,7 @@ def safe_text(text: str, length: int = SHOWN) -> str:
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What a cache holds and what made it, as plain data.
+    """What a cache holds and what made it, as plain data. Not every byte is read; see `verify`.
 
     Raises:
         CacheFormatError: not a cache, or damaged where it was read.
@@ -33,6 +34,7 @@ def inspect(path: Path) -> dict[str, Any]:
     with KnowledgeCache.open(path) as found:
         return {
             "content_id": found.content_id,
+            "verified": False,
             "size": found.size,
             "dataset": found.dataset,
             "classes": [asdict(record) for record in found.classes],
@@ -63,7 +65,7 @@ def describe(path: Path) -> str:
     """
     facts = inspect(path)
     lines = [
-        f"content id  {facts['content_id']}",
+        f"content id  {facts['content_id']} (not verified: {VERIFY} checks every byte)",
         f"data set    {facts['dataset']}, {len(facts['classes'])} classes",
         f"size        {facts['size'] / 1e6:.2f} MB",
     ]

@@ -10,6 +10,7 @@ from cache.durable import (
     Draft,
     drafting,
     free_space,
+    make_folder,
     refuse_source_folder,
     storage_errors,
     sweep,
@@ -82,7 +83,8 @@ def write_sealed(
     Args:
         content: of the header, without datasets.
         sources: the datasets.
-        target: the file to make; one with the same content is left as it is.
+        target: the file to make, with the folders above it; one with the same content is left as
+            it is.
         replace: exchange a cache of another content that has this name; its readers keep the old.
 
     Raises:
@@ -91,6 +93,8 @@ def write_sealed(
         StorageError: no space, no permission.
     """
     with storage_errors(target.parent):
+        if not target.parent.is_dir():
+            make_folder(target.parent)
         sweep(target.parent)
     free_space(target.parent, packed_size(sources))
     with drafting(target.parent) as draft:
@@ -113,7 +117,7 @@ def _publish(draft: Draft, target: Path, content_id: str, *, replace: bool) -> N
     with SealedFile(target) as sealed:
         if sealed.header.content_id != content_id:
             what = "another knowledge cache has this name"
-            do = "Choose another name, or replace it on purpose."
+            do = "Choose another name, or pass --replace."
             found = sealed.header.content_id
             raise CacheMismatchError(what, where=target, found=found, wanted=content_id, do=do)
         sealed.verify_bytes()

@@ -294,7 +294,7 @@ class KnowledgeCache:
         Args:
             dataset: id of the data set.
             classes: `(id, name, modality)` in the order of the data's labels; modality None if
-                the data does not say.
+                the data does not say. An empty modality of the cache fits every one.
 
         Raises:
             CacheMismatchError: another data set, or one id under another name or modality.
@@ -326,9 +326,13 @@ class KnowledgeCache:
         given = {"name": name, "modality": record.modality if modality is None else modality}
         for field, wanted in given.items():
             have = getattr(record, field)
+            if field == "modality" and not have:
+                continue  # the cache does not say
             if normal_text(wanted, f"class {class_id}, {field}") != have:
                 what = f"the class {class_id!r} has another {field} in the cache than in the data"
-                do = "They may be different classes; correct one of the two."
+                option = {"name": "--classes names.yaml", "modality": "--modality"}[field]
+                do = "They may be different classes; correct one of the two. A cache of texts or "
+                do += f"states made elsewhere takes it from {option}."
                 raise CacheMismatchError(
                     what, where=self.path, found=repr(have), wanted=repr(wanted), do=do
                 )

@@ -22,6 +22,7 @@ from knowledge_extract.cloze import Filler
 from knowledge_extract.crew import Crew, Workplace
 from knowledge_extract.engine import Fp16OverflowError
 from knowledge_extract.job import Job, prepare
+from knowledge_extract.model import check_device
 from knowledge_extract.processes import crew_for
 from knowledge_extract.recipe import ExtractRecipe
 from knowledge_extract.settings import RunSettings
@@ -110,6 +111,7 @@ def extract_many(
         VademecumError: see `extract`; files that are sealed stay.
     """
     run = run or RunSettings()
+    check_device(run.device)
     if run.threads:
         torch.set_num_threads(run.threads)
     files = [out.absolute() for _, out in wanted]
@@ -171,9 +173,6 @@ class _Extraction:
         self.result = finished(job, out, overwrite=overwrite)
         self.todo: list[tuple[str, list[Unit]]] = []
         if self.result is None:
-            if not out.absolute().parent.is_dir():
-                what = "no such folder"
-                raise StorageError(what, where=out.absolute().parent, do="Create it first.")
             self._open(job, wide=parts_folder(out, wide=True).is_dir())
 
     def _open(self, job: Job, *, wide: bool) -> None:

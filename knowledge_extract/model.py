@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache.errors import ModelError, SystemRefusedError
+from cache.errors import ModelError, RecipeError, SystemRefusedError
 from cache.extras import need
 from knowledge_extract.quiet import quiet
 from knowledge_extract.settings import RunSettings
@@ -46,12 +46,28 @@ class LanguageModel:
         return 1 if alone else None
 
 
+def check_device(wanted: str) -> None:
+    """Nothing, if `wanted` is the name of a device, here or elsewhere.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    try:
+        if wanted != "auto":
+            torch.device(wanted)
+    except RuntimeError:
+        what, known = "no such device", "cpu, cuda, cuda:N or auto"
+        raise RecipeError(what, where="--device", found=repr(wanted), wanted=known) from None
+
+
 def pick_device(wanted: str) -> str:
     """`wanted`, or the best device of this machine for `auto`.
 
     Raises:
+        RecipeError: see `check_device`.
         SystemRefusedError: a device this machine does not have.
     """
+    check_device(wanted)
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

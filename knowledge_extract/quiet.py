@@ -12,7 +12,7 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as hf
 
     level, bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    names = ("accelerate", "bitsandbytes", "gguf")
+    names = ("accelerate", "bitsandbytes", "gguf", "huggingface_hub")
     levels = {name: logging.getLogger(name).level for name in names}
     try:
         hf.set_verbosity_error()

@@ -1,11 +1,11 @@
 """Parts of a stage-one recipe that more than one module of it needs."""
 
 from string import Formatter
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from cache.recipe import RecipePart
+from cache.recipe import Alternatives, RecipePart
 from cache.registry import suggest
 
 Quantisation = Literal["none", "nf4", "fp4", "int8"]
@@ -17,6 +17,13 @@ class ModelRecipe(RecipePart):
     Paths are taken from the working directory and never stored. `licence` (as the model's page
     names it) and `gated` go into the cache's provenance, where `vademecum cache push` looks.
     """
+
+    alternatives: ClassVar[Alternatives] = {
+        "hub": ("revision", "licence", "gated"),
+        "folder": ("licence", "gated"),
+        "gguf": ("licence", "gated"),
+        "asset": ("licence", "gated"),
+    }
 
     hub: str | None = None
     revision: str = "main"

@@ -11,6 +11,7 @@ from cache.durable import refuse_full_disk
 from cache.errors import ModelError
 from cache.progress import track
 from cache.recipe import digest_of
+from cache.sharing.remote_errors import network_errors, quiet_hub
 from cache.user_folder import user_cache
 from knowledge_extract.gguf import Conversion
 from knowledge_extract.quiet import quiet
@@ -170,9 +171,10 @@ def from_hub(name: str, revision: str, *, offline: bool) -> ModelSource:
     from huggingface_hub import errors as hub
 
     try:
-        config = huggingface_hub.hf_hub_download(
-            name, "config.json", revision=revision, local_files_only=offline
-        )
+        with quiet_hub():
+            config = huggingface_hub.hf_hub_download(
+                name, "config.json", revision=revision, local_files_only=offline
+            )
     except hub.GatedRepoError as error:
         do = f"Accept its terms at https://huggingface.co/{name}, then run: hf auth login."
         what = "the model is gated"
@@ -188,6 +190,7 @@ def from_hub(name: str, revision: str, *, offline: bool) -> ModelSource:
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         what = f"revision {revision!r} is not on this machine and the hub was not reached"
         do = "Run once with a network, or give model.folder or model.gguf."
+        do += " With HF_HUB_OFFLINE=1 only stored models are looked for, without waiting."
         raise ModelError(what, where=name, do=do) from error
     except hub.EntryNotFoundError as error:
         do = "Choose a repository in transformers format."
@@ -220,7 +223,8 @@ def _fetch_weights(name: str, commit: str) -> None:
     from huggingface_hub import errors as hub
 
     try:
-        files = huggingface_hub.HfApi().list_repo_files(name, revision=commit)
+        with quiet_hub():
+            files = huggingface_hub.HfApi().list_repo_files(name, revision=commit)
         weights = [f for f in files if f.endswith(".safetensors") and "/" not in f]
         weights = weights or [f for f in files if fnmatch(f, "pytorch_model*.bin")]
         cached = huggingface_hub.try_to_load_from_cache
@@ -237,6 +241,8 @@ def _fetch_weights(name: str, commit: str) -> None:
         refuse_full_disk(error, name)
         what = "the weights cannot be fetched"
         raise ModelError(what, where=name, found=str(error)[:200]) from error
+    except network_errors():
+        return  # the HTTP library's own errors, of a hub that was not reached
 
 
 def find(model: ModelRecipe, run: RunSettings) -> ModelSource:

@@ -24,29 +24,10 @@ from prompt_tune.recipe import TuneRecipe
 from prompt_tune.run_folder import EVALUATIONS, PREDICTIONS
 from prompt_tune.shelf import Shelf
 from prompt_tune.statistics import LABELS, MEASURES
-from prompt_tune.tables import TableStyle, laid_out
+from prompt_tune.tables import TableStyle, counted, laid_out
+from prompt_tune.variants import BASE, Variant, distinct, variants
 
-BASE = "cached"
-RANKS = (1, 2, 4, 8, 16)
-TEXTS = (1, 4, 16)
 BESIDE = {"balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The recipe with one thing changed.
-
-    Attributes:
-        name: of the variant, and of its folder.
-        about: what is asked: `knowledge`, `image condition`, `rank`, `rows`, `texts` or `source`.
-        changes: values by dotted key.
-        knowledge: another cache, for `source`.
-    """
-
-    name: str
-    about: str
-    changes: Mapping[str, Any]
-    knowledge: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,82 +59,18 @@ class Ablation:
         head = ["variant", "about", LABELS[self.metric], *(LABELS[name] for name in beside)]
         cells = [[*head, "cached is ahead by [95 %]", "p (Holm)"]]
         for row in self.rows:
-            value = f"{row['value']:.3f}"
+            value = f"{row['value']:z.3f}"
             if row["deviation"] is not None:
                 value += f" ± {row['deviation']:.3f}"
             ahead, p = row["ahead"], row["p"]
-            lead = "–" if ahead is None else f"{ahead[0]:+.3f} [{ahead[1]:+.3f}, {ahead[2]:+.3f}]"
+            lead = "–"
+            if ahead is not None:
+                lead = f"{ahead[0]:+z.3f} [{ahead[1]:+z.3f}, {ahead[2]:+z.3f}]"
             others = [f"{row['beside'][name]:.3f}" for name in beside]
             shown = [row["variant"], row["about"], value, *others, lead]
             cells.append([*shown, "–" if p is None else f"{p:.3f}"])
         lost = "".join(f"\n\nNot run: {name}. {error}" for name, error in self.refused.items())
         return f"{laid_out(cells, style, left=(0, 1))}\n\n{self.note}{lost}"
-
-
-def variants(recipe: TuneRecipe, sources: Mapping[str, Path] | None = None) -> list[Variant]:
-    """What can be asked of a recipe: controls, image condition, ranks, rows, texts, source models.
-
-    Ranks are asked of methods that read rows, where a rank is the size of what changes and projects
-    them; elsewhere it names a value. Texts are the first 1, 4 and 16 of every class, which keeps
-    all if it has fewer.
-
-    Args:
-        recipe: as it stands; its own control must be `cached`.
-        sources: further caches by name, of other language models.
-
-    Raises:
-        RecipeError: the method reads no knowledge, or the recipe's control is not `cached`.
-    """
-    settings = recipe.method_config(where="recipe")
-    needs = recipe.method_class().needed(settings)
-    if not needs:
-        what = f"method {recipe.method['name']!r} reads no knowledge"
-        raise RecipeError(what, where="method.name", do="Ablate a method that does.")
-    if recipe.knowledge.control != "cached":
-        what = "an ablation starts from the cached knowledge"
-        found = recipe.knowledge.control
-        raise RecipeError(what, where="knowledge.control", found=found, wanted="cached")
-    config = settings.model_dump()
-    made = [Variant(BASE, "as it stands", {})]
-    made += [
-        Variant(control, "knowledge", {"knowledge.control": control})
-        for control in ("shuffled", "random", "none")
-    ]
-    if config.get("condition") == "image":
-        made += [
-            Variant("no image condition", "image condition", {"method.condition": "none"}),
-            *(
-                Variant(
-                    f"{control}, no image condition",
-                    "image condition",
-                    {"method.condition": "none", "knowledge.control": control},
-                )
-                for control in ("shuffled", "random")
-            ),
-        ]
-    if "rank" in config and "rows" in needs:
-        made += [
-            Variant(f"rank {rank}", "rank", {"method.rank": rank})
-            for rank in RANKS
-            if rank != config["rank"]
-        ]
-    if "rows" in needs:
-        least = config.get("prefix", 0) + config.get("suffix", 0)
-        made += [
-            Variant(f"{keep} rows", "rows", {"knowledge.keep": keep})
-            for keep in (least, 2 * least)
-            if keep and keep != recipe.knowledge.keep
-        ]
-    if needs & {"texts", "symptoms"}:
-        made += [
-            Variant(f"{keep} text{'s' * (keep > 1)}", "texts", {"knowledge.keep": keep})
-            for keep in TEXTS
-            if keep < (recipe.knowledge.keep or keep + 1)
-        ]
-    other = {} if recipe.knowledge.expect is None else {"knowledge.expect": None}
-    for name, path in (sources or {}).items():
-        made.append(Variant(f"source {name}", "source", other, path))
-    return made
 
 
 def ablate(  # noqa: PLR0913 - a whole experiment
@@ -173,7 +90,8 @@ def ablate(  # noqa: PLR0913 - a whole experiment
     """Runs every variant under every seed in one process, and says what remained.
 
     Finished runs are skipped, an unfinished one goes on. A variant that is refused, as a source
-    with other texts than the method takes, is left out of the table and said.
+    with other texts than the method takes, is left out of the table and said. One that would keep
+    just the rows or texts that the recipe keeps is the same run and not asked.
 
     Args:
         recipe: a method that reads knowledge, with control `cached`.
@@ -189,7 +107,7 @@ def ablate(  # noqa: PLR0913 - a whole experiment
         device: of all runs.
 
     Raises:
-        RecipeError: see `variants`; an unknown question.
+        RecipeError: see `variants`; an unknown question, or one that this cache cannot be asked.
         DataError: no such metric.
         VademecumError: see `tune`, for the recipe as it stands; for variants, what no other recipe,
             cache or data would mend.
@@ -202,8 +120,13 @@ def ablate(  # noqa: PLR0913 - a whole experiment
     if only is not None and not set(only) <= asked:
         what, wanted = "this method cannot be asked that", ", ".join(sorted(asked))
         raise RecipeError(what, where="--only", found=", ".join(only), wanted=wanted)
-    chosen = [v for v in every if only is None or v.name == BASE or v.about in only]
     shelf = Shelf()
+    chosen = distinct(
+        [v for v in every if only is None or v.name == BASE or v.about in only],
+        recipe,
+        shelf.cache(knowledge, recipe.knowledge.expect),
+        shelf.data(data, recipe.classes),
+    )
     scores: dict[str, Score] = {}
     predictions: dict[str, list[Predictions]] = {}
     refused: dict[str, VademecumError] = {}
@@ -220,6 +143,7 @@ def ablate(  # noqa: PLR0913 - a whole experiment
                 split=split,
                 part=part,
                 shelf=shelf,
+                title=f"variant {variant.name}",
             )
         except (RecipeError, CacheError, DataError) as error:
             if variant.name == BASE:
@@ -249,8 +173,9 @@ def ablate(  # noqa: PLR0913 - a whole experiment
 
 def _note(runs: Sequence[Predictions]) -> str:
     guess = constant_guess(runs[0].labels, runs[0].class_names)
+    images, seeds = counted(len(runs[0].labels), "image"), counted(len(runs), "seed")
     return (
-        f"{len(runs[0].labels)} images, {len(runs)} seeds; mean ± standard deviation over seeds; "
+        f"{images}, {seeds}; mean ± standard deviation over seeds; "
         "intervals: paired bootstrap over cases of the difference of the means over seeds; "
         "p-values Holm-corrected over all variants; the best constant answer has accuracy "
         f"{guess.accuracy:.3f}, balanced accuracy {guess.balanced_accuracy:.3f}, macro F1 "

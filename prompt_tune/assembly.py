@@ -5,7 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -15,7 +15,7 @@ from torch import nn
 
 from cache.assets import fetch, table
 from cache.errors import ModelError, RecipeError
-from cache.recipe import RecipePart
+from cache.recipe import Alternatives, RecipePart
 from prompt_tune.convert import ARCHITECTURE, converted_image_tower
 from prompt_tune.open_clip_files import (
     TOKENIZER,
@@ -36,6 +36,8 @@ POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
 class ImageTowerSpec(RecipePart):
     """An image tower: an embedded `asset`, an `arch` with `weights`, or that of a `folder`."""
 
+    alternatives: ClassVar[Alternatives] = {"asset": (), "arch": ("weights",), "folder": ()}
+
     asset: str | None = None
     arch: str | None = None
     weights: str | None = None
@@ -54,6 +56,8 @@ class ImageTowerSpec(RecipePart):
 
 class SentenceEncoderSpec(RecipePart):
     """A sentence encoder: an embedded `asset`, or a `folder` with weights and tokenizer."""
+
+    alternatives: ClassVar[Alternatives] = {"asset": (), "folder": ()}
 
     asset: str | None = None
     folder: str | None = None

@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from cache.errors import RecipeError
-from cache.recipe import RecipePart, digest_of
+from cache.recipe import Alternatives, RecipePart, digest_of
 from prompt_tune.alignment_record import RECORD, AlignmentRecord, alignment_record
 from prompt_tune.open_clip_files import Source, arch_source, build, folder_source, hub_source
 from prompt_tune.preprocess import Preprocess
@@ -43,6 +43,13 @@ ORIGINS = {
 
 class BackboneSpec(RecipePart):
     """Where a backbone comes from: exactly one of `hub`, `arch`, `folder` and `aligned`."""
+
+    alternatives: ClassVar[Alternatives] = {
+        "hub": ("revision",),
+        "arch": ("weights",),
+        "folder": (),
+        "aligned": (),
+    }
 
     hub: str | None = None
     """An open_clip model of the Hugging Face hub: `organisation/name`."""

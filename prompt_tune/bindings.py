@@ -44,10 +44,42 @@ def made_with(run: Mapping[str, Any], recipe: TuneRecipe, bindings: Mapping[str,
     return run["digest"] in found
 
 
-def _digest(recipe: Mapping[str, Any], bindings: Mapping[str, Any]) -> str:
+def differing(run: Mapping[str, Any], recipe: TuneRecipe, bindings: Mapping[str, Any]) -> list[str]:
+    """The dotted keys of the recipe, and then the bindings, in which a stored run is another.
+
+    Where the backbone lies does not count, nor what the recipe does not use.
+    """
+    found, wanted = _leaves(run["recipe"]), _leaves(recipe.model_dump(mode="json"))
+    keys = [
+        key
+        for key in (*wanted, *sorted(set(found) - set(wanted)))
+        if found.get(key, LATER.get(key)) != wanted.get(key) and not key.startswith("backbone.")
+    ]
+    if found.get("train.views") == wanted["train.views"] == 1 and "train.flip" in keys:
+        keys.remove("train.flip")
+    known = _used(run["bindings"])
+    return keys + [k for k, value in _used(bindings).items() if known.get(k) != value]
+
+
+def _leaves(table: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """Every value that is no table, by its dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = isinstance(value, dict)
+        found |= _leaves(value, f"{place}{key}.") if inner else {f"{place}{key}": value}
+    return found
+
+
+def _used(bindings: Mapping[str, Any]) -> dict[str, Any]:
+    """The bindings, and of the cache only the blocks that were read."""
+    if "cache" not in bindings:
+        return dict(bindings)
     used = {"block", "block_id", "texts"}
-    cache_part = {k: v for k, v in bindings.get("cache", {}).items() if k in used}
-    return digest_of({"recipe": recipe, "bindings": {**bindings, "cache": cache_part}})
+    return {**bindings, "cache": {k: v for k, v in bindings["cache"].items() if k in used}}
+
+
+def _digest(recipe: Mapping[str, Any], bindings: Mapping[str, Any]) -> str:
+    return digest_of({"recipe": recipe, "bindings": {"cache": {}, **_used(bindings)}})
 
 
 def _counted(recipe: TuneRecipe) -> dict[str, Any]:

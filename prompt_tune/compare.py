@@ -98,10 +98,12 @@ def compare_runs(folders: list[Path], *, split: str, out: Path | None = None) ->
             runs saw different images.
     """
     rows, plain, seen = [], [], {}
+    datasets: set[str] = set()
     for folder in folders:
         run, result = read_run(folder), evaluated(folder, split)
         try:
             seen[str(result["data"])] = folder
+            datasets.add(str(run["bindings"]["dataset"]))
             row, facts = _row(folder, run, result)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise RunError("damaged run.json or metrics.json", where=folder) from error
@@ -109,8 +111,9 @@ def compare_runs(folders: list[Path], *, split: str, out: Path | None = None) ->
             what = f"eval/{split}/metrics.json is of an earlier run or of other weights"
             raise RunError(what, where=folder, do="Run `vademecum eval` again.")
         if len(seen) > 1:
-            what = "the runs were evaluated on different images"
-            raise RunError(what, where=split, found=" and ".join(map(str, seen.values())))
+            what, found = "the runs were evaluated on different images", map(str, seen.values())
+            do = "Use `vademecum compare` for several data sets." if len(datasets) > 1 else None
+            raise RunError(what, where=split, found=" and ".join(found), do=do)
         rows.append(row)
         plain.append(facts)
     if not folders:

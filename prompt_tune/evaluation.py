@@ -76,9 +76,14 @@ def load_run(
     recipe = validate(TuneRecipe, run["recipe"], where=folder / "run.json")
     local = run.get("local", {})
     knowledge = knowledge or (Path(local["knowledge"]) if local.get("knowledge") else None)
+    data, shelf = data or local["data"], shelf or Shelf()
+    own, found = run["bindings"].get("dataset"), shelf.data(data).dataset
+    if found != own:
+        what = f"the run is of data set {own} and the data are {found}"
+        raise RunError(what, where=folder, do="Pass --transfer if that is meant.")
     setup = prepare(
         recipe,
-        data=data or local["data"],
+        data=data,
         knowledge=knowledge,
         samples=folder / SAMPLES,
         device=device,

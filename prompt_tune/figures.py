@@ -268,7 +268,7 @@ def differences(
         axes.axvline(0.0, color=GREY, linewidth=1, linestyle="--", zorder=0)
         axes.plot([low, high], [k, k], color=BLUE, linewidth=1.5, marker="|", markersize=7)
         axes.plot([value], [k], color=BLUE, marker="o", markersize=6, markerfacecolor=face)
-        return f"{value:+.3f}"
+        return f"{value:+z.3f}"
 
     label = f"{LABELS.get(measure, measure)}: cached minus variant (95 % interval)"
     return _one_by_one([name for name, _ in rows], path, draw, label)

@@ -6,8 +6,12 @@ from pathlib import Path
 
 from cache.durable import refuse_full_disk
 from cache.errors import ModelError
+from cache.sharing.remote_errors import quiet_hub
 
-PREFETCH = "Fetch it once while online (`hf download {}`); later runs work offline."
+PREFETCH = (
+    "Fetch it once while online (`hf download {}`); later runs work offline, and with "
+    "HF_HUB_OFFLINE=1 without waiting for the hub."
+)
 
 
 @contextmanager
@@ -21,7 +25,8 @@ def hub_errors(repo: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     try:
-        yield
+        with quiet_hub():
+            yield
     except errors.GatedRepoError as error:
         do = "Accept its terms on its page, log in with `hf auth login`, and try again."
         what = "the model is gated"
@@ -54,12 +59,18 @@ def hub_folder(
         ModelError: gated, unknown, lacking a file, or absent while offline.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    away = False
 
     def get(name: str) -> Path | None:
+        nonlocal away
         try:
-            return Path(hf_hub_download(repo, name, revision=revision))
-        except EntryNotFoundError:  # also: not in the local copy while offline
+            return Path(hf_hub_download(repo, name, revision=revision, local_files_only=away))
+        except LocalEntryNotFoundError:
+            away = True  # the client tried long enough for all files
+            return None
+        except EntryNotFoundError:
             return None
 
     with hub_errors(repo):

@@ -18,7 +18,7 @@ from prompt_tune.controls import derangement, gaussian_like
 from prompt_tune.data.source import DataClass
 from prompt_tune.method import KnowledgeRows, Need
 from prompt_tune.recipe import KnowledgeSpec
-from prompt_tune.texts import LoadedTexts, load_texts
+from prompt_tune.texts import LoadedTexts, load_texts, text_block
 
 USUAL_BLOCK = {
     "layers": "layers",
@@ -149,6 +149,38 @@ def load_rows(
         used = KnowledgeRows(tuple(_controlled(rows, spec, seed)))
     made = digest_of([block.kind, dict(block.spec), block.layers, block.width])
     return LoadedRows(used, block.name, block.id, made)
+
+
+def sizes(
+    opened: KnowledgeCache,
+    spec: KnowledgeSpec,
+    *,
+    dataset: str,
+    classes: tuple[DataClass, ...],
+    needs: frozenset[Need],
+) -> list[int]:
+    """How many rows, texts and symptoms the cache has of each class, before `spec.keep`.
+
+    Args:
+        opened: the cache.
+        spec: which blocks.
+        dataset: id of the data.
+        classes: of the data.
+        needs: what of them is counted; see `Method.needs`.
+
+    Raises:
+        CacheError: see `load_knowledge`.
+    """
+    opened.align(dataset, [(c.id, c.name, c.modality) for c in classes])
+    found, whole = [], spec.model_copy(update={"keep": None})
+    if "rows" in needs:
+        block = _block(opened, spec, opened.path)
+        found += [len(class_rows(block, c.id, whole, opened.path)) for c in classes]
+    for need, name in {"texts": spec.texts, "symptoms": spec.symptoms}.items():
+        if need in needs:
+            block = text_block(opened, name, "texts")
+            found += [block.items(c.id) for c in classes]
+    return found
 
 
 def load_knowledge(

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import RecipeError
+from cache.progress import say
 from cache.recipe import apply_overrides, parse_yaml, validate
 from prompt_tune.checkpoint import read_json, write_json
 from prompt_tune.evaluation import evaluate, evaluated_images, load_run, metrics_file
 from prompt_tune.recipe import TuneRecipe
 from prompt_tune.run_folder import is_of
+from prompt_tune.setup import used_knowledge
 from prompt_tune.shelf import Shelf
+from prompt_tune.tables import counted
 from prompt_tune.tuning import tune
 
 RUNS = "runs.json"
@@ -42,15 +45,17 @@ class Runs:
             groups.setdefault(_name(choices) or "all", []).append(row)
         lines = [_summary(name, rows) for name, rows in groups.items()]
         done = sum(row["was_finished"] for row in self.rows)
-        return "\n".join([*lines, f"{len(self.rows)} runs in {self.folder}, {done} were finished"])
+        runs, were = counted(len(self.rows), "run"), "was" if done == 1 else "were"
+        return "\n".join([*lines, f"{runs} in {self.folder}, {done} {were} already finished"])
 
 
 def _summary(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     values = [row["metrics"]["accuracy"] for row in rows if row["metrics"]]
     if not values:
-        return f"{name}: {len(rows)} runs, not evaluated"
+        return f"{name}: {counted(len(rows), 'run')}, not evaluated"
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{name}: accuracy {statistics.fmean(values):.4f}{spread} over {len(values)} runs"
+    over = counted(len(values), "run")
+    return f"{name}: accuracy {statistics.fmean(values):.4f}{spread} over {over}"
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -128,13 +133,15 @@ def _chosen(recipe: TuneRecipe, choices: Mapping[str, Any]) -> TuneRecipe:
     `{seed}` in `backbone.aligned` is the seed: alignment may see a run's own images only, so runs
     of several samples have a backbone each.
     """
-    data = recipe.model_dump(mode="json")
+    overrides = [
+        f"{place}={json.dumps(value)}"
+        for key, value in choices.items()
+        for place in (("seed", "samples.seed") if key == "seed" else (key,))
+    ]
+    data = apply_overrides(recipe.model_dump(mode="json"), overrides, TuneRecipe)
     if "seed" in choices and data["backbone"].get("aligned"):
-        of_seed = data["backbone"]["aligned"].replace("{seed}", str(choices["seed"]))
+        of_seed = str(data["backbone"]["aligned"]).replace("{seed}", str(choices["seed"]))
         data["backbone"]["aligned"] = of_seed
-    for key, value in choices.items():
-        for place in ("seed", "samples.seed") if key == "seed" else (key,):
-            data = apply_overrides(data, [f"{place}={json.dumps(value)}"])
     return validate(TuneRecipe, data, where=_name(choices))
 
 
@@ -149,6 +156,7 @@ def tune_many(  # noqa: PLR0913 - a whole experiment
     split: str | None = None,
     part: int | None = None,
     shelf: Shelf | None = None,
+    title: str | None = None,
 ) -> Runs:
     """Runs one recipe under every combination; each is bit for bit what `tune` alone gives.
 
@@ -166,6 +174,7 @@ def tune_many(  # noqa: PLR0913 - a whole experiment
         split: evaluate every run on it; None leaves that for later.
         part: of the split; see `evaluate`.
         shelf: what is on it is not loaded again.
+        title: said before every run, with its seed.
 
     Raises:
         VademecumError: see `tune`.
@@ -177,9 +186,13 @@ def tune_many(  # noqa: PLR0913 - a whole experiment
         raise RecipeError(what, where="--grid", found=twice, do="Give each value once.")
     shelf, rows = shelf or Shelf(), []
     earlier = _earlier(out / RUNS, split, part, names)
+    read = used_knowledge([one for _, one in planned], knowledge)
     for name, (chosen, one) in zip(names, planned, strict=True):
         folder = out / name
-        result = tune(one, data=data, out=folder, knowledge=knowledge, device=device, shelf=shelf)
+        if title is not None:
+            say(f"{title}, seed {one.seed}")
+        own = read if one.reads() else None
+        result = tune(one, data=data, out=folder, knowledge=own, device=device, shelf=shelf)
         metrics = None
         if split is not None:
             setup = result.setup
@@ -188,7 +201,7 @@ def tune_many(  # noqa: PLR0913 - a whole experiment
             images = evaluated_images(shelf.data(data, one.classes), folder, split, part)
             if found is None or not is_of(found, result.run) or found["data"] != images.digest:
                 setup = setup or load_run(
-                    folder, data=data, knowledge=knowledge, device=device, shelf=shelf
+                    folder, data=data, knowledge=own, device=device, shelf=shelf
                 )
                 found = evaluate(folder, split=split, part=part, setup=setup).result
             metrics = found["metrics"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.durable import storage_errors, write_atomic
-from cache.errors import DataError, RunError
+from cache.errors import RecipeError, RunError
 from prompt_tune import figures
 from prompt_tune.compare import evaluated
 from prompt_tune.method_groups import Group, find_runs, grouped
@@ -70,13 +70,13 @@ def compare_methods(
         out: a folder for tables and figure.
 
     Raises:
-        DataError: no such metric.
+        RecipeError: no such metric.
         RunError: no runs, or one that was not evaluated so, or on other images, or two of one
             method with the same seed.
     """
     if metric not in MEASURES:
         what = f"no metric {metric!r}"
-        raise DataError(what, wanted=", ".join(MEASURES))
+        raise RecipeError(what, wanted=", ".join(MEASURES))
     by_dataset: dict[str, list[Seeded]] = {}
     images: dict[str, tuple[str, Path]] = {}
     for group in grouped(find_runs(folders)):

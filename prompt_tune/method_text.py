@@ -126,7 +126,7 @@ def _cells(table: DatasetTable, metric: str) -> list[list[str]]:
     cells = [head + ["tuning"] * timed]
     for row in table.rows:
         value, low, high = interval_of(row["interval"])
-        main = f"{plus(row['value'], row['deviation'])} [{low:.3f}, {high:.3f}]"
+        main = f"{plus(row['value'], row['deviation'])} [{low:z.3f}, {high:z.3f}]"
         counts = [row["trained"], row["steps"], row["images_seen"]]
         cells.append(
             [
@@ -152,4 +152,4 @@ def plus(mean: float, deviation: float) -> str:
     """`0.812 ± 0.013`; a dash where undefined, no deviation of a single seed."""
     if math.isnan(mean):
         return "–"
-    return f"{mean:.3f}" if math.isnan(deviation) else f"{mean:.3f} ± {deviation:.3f}"
+    return f"{mean:z.3f}" if math.isnan(deviation) else f"{mean:z.3f} ± {deviation:.3f}"

@@ -24,6 +24,9 @@ from prompt_tune.data.images import ImageSplit
 
 FORMAT = "vademecum predictions 1"
 LOGIT = "logit: "
+FIXED, PATIENT = ("id", "label", "predicted"), "patient"
+NAMED = ("label_class", "predicted_class")
+"""What the classes of the two numbers are called, for who reads the CSV."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 """A spreadsheet takes a cell that starts so for a formula; the quote itself marks an escape."""
 
@@ -166,25 +169,27 @@ def _csv(predictions: Predictions) -> str:
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     names = [f"{LOGIT}{name}" for name in predictions.class_names]
-    writer.writerow(["id", "label", "predicted", *(["patient"] if grouped else []), *names])
+    writer.writerow([*FIXED, *([PATIENT] if grouped else []), *NAMED, *names])
     for id_, label, best, group, logits in _rows(predictions):
         who = [group] if grouped else []
-        writer.writerow([_escape(id_), label, best, *who, *map(repr, logits)])
+        named = [_escape(predictions.class_names[k]) for k in (label, best)]
+        writer.writerow([_escape(id_), label, best, *who, *named, *map(repr, logits)])
     return out.getvalue()
 
 
 def _from_csv(text: str) -> Predictions:
     header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     first = next(k for k, name in enumerate([*header, LOGIT]) if name.startswith(LOGIT))
-    fixed = ["id", "label", "predicted"]
-    if header[:first] not in (fixed, [*fixed, "patient"]):
+    grouped = PATIENT in header[:first]
+    fixed = [*FIXED, *([PATIENT] if grouped else [])]
+    if header[:first] not in (fixed, [*fixed, *NAMED]):  # earlier files have no names
         raise ValueError(", ".join(header[:4]))
     names = [name.removeprefix(LOGIT) for name in header[first:]]
     rows = [
         (
             _unescape(line[0]),
             int(line[1]),
-            int(line[3]) if first == 4 else None,
+            int(line[3]) if grouped else None,
             [float(x) for x in line[first:]],
         )
         for line in lines

@@ -1,15 +1,16 @@
 """The recipe of a tuning run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from cache.errors import RecipeError
 from cache.recipe import RecipePart, load_recipe, validate
 from cache.registry import suggest
 from prompt_tune.backbone import BackboneSpec
-from prompt_tune.method import Method, MethodConfig
+from prompt_tune.method import Method, MethodConfig, Need
 from prompt_tune.methods import METHODS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -130,8 +131,8 @@ class TuneRecipe(RecipePart):
         return self
 
     @model_validator(mode="after")
-    def _method_is_known(self) -> "TuneRecipe":
-        self.method_config(where="recipe")
+    def _method_is_known(self, info: ValidationInfo) -> "TuneRecipe":
+        self.method_config(**(info.context or {"where": "recipe"}))
         return self
 
     @model_validator(mode="after")
@@ -155,16 +156,18 @@ class TuneRecipe(RecipePart):
             raise RecipeError(what, where=f"prompt_tune.methods.{self.method.get('name')}")
         return entry
 
-    def method_config(self, *, where: object) -> MethodConfig:
+    def reads(self) -> frozenset[Need]:
+        """What the method reads of a knowledge cache under its settings."""
+        return self.method_class().needed(self.method_config(where="recipe"))
+
+    def method_config(self, *, where: object, overrides: Sequence[str] = ()) -> MethodConfig:
         """The `method` table as the method's own settings.
 
         Raises:
             RecipeError: an unknown key or a wrong value in the method's settings.
         """
-        try:
-            return validate(self.method_class().Config, self.method, where="method")
-        except RecipeError as error:
-            raise type(error)(str(error), where=where) from error
+        made_of = self.method_class().Config
+        return validate(made_of, self.method, where=where, overrides=overrides, within="method")
 
 
 def preset_path(name: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from cache.errors import DataError
 from prompt_tune.statistics import LABELS, Interval
-from prompt_tune.tables import laid_out
+from prompt_tune.tables import counted, laid_out
 
 COLUMNS = ("accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "kappa", "ece")
 Style = Literal["text", "markdown"]
@@ -59,8 +59,8 @@ def shown(interval: Interval | None) -> str:
     if interval is None or math.isnan(interval.value):
         return "–"
     if math.isnan(interval.low):
-        return f"{interval.value:.3f}"
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+        return f"{interval.value:z.3f}"
+    return f"{interval.value:z.3f} [{interval.low:z.3f}, {interval.high:z.3f}]"
 
 
 def duration(seconds: float | None) -> str:
@@ -125,13 +125,14 @@ def describe_evaluation(result: Mapping[str, Any], folder: Path, style: Style = 
     metrics, intervals = result["metrics"], result["intervals"]
     of = f" of {result['split_images']}" if result["split_images"] != result["images"] else ""
     by = intervals.get("drawn", "cases")
-    head = f"{result['split']}: {result['images']}{of} images, 95 % intervals over {by}"
+    seen = f"{result['images']}{of} images" if of else counted(result["images"], "image")
+    head = f"{result['split']}: {seen}, 95 % intervals over {by}"
     cells = [["metric", "value"]]
     for name, label in LABELS.items():
         cells.append([label, shown(interval_of(intervals["metrics"][name]))])
     if scaled := result.get("scaled"):
-        temperature, fitted = float(scaled["temperature"]), scaled["fitted_on"]
-        what = f"after temperature {temperature:.3g} from {fitted} validation images"
+        fitted = counted(int(scaled["fitted_on"]), "validation image")
+        what = f"after temperature {float(scaled['temperature']):.3g} from {fitted}"
         cells += [[f"{LABELS[n]}, {what}", f"{float(scaled[n]):.3f}"] for n in ("ece", "nll")]
     undefined = [
         str(name)

@@ -1,5 +1,6 @@
 """Puts a run together: data, sample lists, backbone, knowledge and method."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import torch
 
 from cache.durable import storage_errors
-from cache.errors import DataError, MissingKnowledgeError, SystemRefusedError
+from cache.errors import DataError, MissingKnowledgeError, RecipeError, SystemRefusedError
+from cache.progress import say
 from prompt_tune.alignment_record import AlignmentRecord
 from prompt_tune.backbone import Backbone, BackboneSpec
 from prompt_tune.cases import Cases
@@ -76,10 +78,16 @@ def pick_device(device: str) -> str:
     """`device`, or the best one of this machine for `auto`.
 
     Raises:
+        RecipeError: no name of a device.
         SystemRefusedError: a device this machine does not have.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError:
+        what, known = "no such device", "cpu, cuda, cuda:N or auto"
+        raise RecipeError(what, where="--device", found=repr(device), wanted=known) from None
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -98,7 +106,7 @@ def split_of(source: DataSource, name: str, data: str) -> ImageSplit:
     split = source.splits.get(name)
     if split is None or len(split) == 0:
         what = f"the {name} split is {'missing' if split is None else 'empty'}"
-        raise DataError(what, where=data, found=f"splits {sorted(source.splits)}")
+        raise DataError(what, where=data, found=", ".join(sorted(source.splits)))
     return split
 
 
@@ -155,6 +163,22 @@ def _refuse_leaks(
     record.check_within(splits["train"].digests, dataset=source.dataset, classes=classes)
 
 
+def used_knowledge(recipes: Sequence[TuneRecipe], path: Path | None) -> Path | None:
+    """The cache, or None where none of the recipes reads one, which is said.
+
+    Raises:
+        MissingKnowledgeError: there is no such file.
+    """
+    if path is None or any(recipe.reads() for recipe in recipes):
+        return path
+    if not path.is_file():
+        what = "there is no such file"
+        raise MissingKnowledgeError(what, where=path, do="Check --knowledge.")
+    for name in dict.fromkeys(recipe.method["name"] for recipe in recipes):
+        say(f"method {name} reads no knowledge; {path} is not used")
+    return None
+
+
 def knowledge_of(
     recipe: TuneRecipe, source: DataSource, path: Path | None, shelf: Shelf, backbone: Backbone
 ) -> LoadedKnowledge | None:
@@ -163,7 +187,7 @@ def knowledge_of(
     Raises:
         MissingKnowledgeError: no cache, or it lacks something.
     """
-    needs = recipe.method_class().needed(recipe.method_config(where="recipe"))
+    needs = recipe.reads()
     if not needs:
         return None
     if path is None:

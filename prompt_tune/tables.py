@@ -46,6 +46,11 @@ def prose(text: str, style: TableStyle) -> str:
     return _escaped(text) if style == "latex" else text
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 image`, `2 images`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def csv_of(records: Sequence[Mapping[str, object]]) -> str:
     """Records of the same keys as CSV: numbers in full, nothing for None and NaN."""
     text = io.StringIO()

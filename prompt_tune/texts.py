@@ -35,7 +35,12 @@ class LoadedTexts:
     blocks: dict[str, str] = field(default_factory=dict)
 
 
-def _block(opened: KnowledgeCache, name: str, kind: str) -> Block:
+def text_block(opened: KnowledgeCache, name: str, kind: str) -> Block:
+    """The block of that name and kind.
+
+    Raises:
+        MissingKnowledgeError: there is none; the nearest is named.
+    """
     known = sorted(n for n, b in opened.blocks.items() if b.kind == kind)
     if name not in known:
         what = f"the cache has no block {name!r} of {kind}"
@@ -118,7 +123,7 @@ def load_texts(
     ids = list(class_ids) if order is None else [class_ids[i] for i in order]
     texts, symptoms, attributes = None, None, None
     if "texts" in needs:
-        block = _block(opened, spec.texts, "texts")
+        block = text_block(opened, spec.texts, "texts")
         blocks[block.name] = block.id
         strings = tuple(_phrases(block, c, spec.keep, opened.path) for c in ids)
         if spec.control != "none":
@@ -127,12 +132,12 @@ def load_texts(
             empty: Phrases = ((),) * len(ids)
             texts = ClassTexts(empty, tuple(gaussian_like(list(texts.embeddings), seed)))
     if "symptoms" in needs:
-        block = _block(opened, spec.symptoms, "texts")
+        block = text_block(opened, spec.symptoms, "texts")
         blocks[block.name] = block.id
         found = tuple(_phrases(block, c, spec.keep, opened.path) for c in ids)
         symptoms = {"none": None, "random": resampled_words(found, seed)}.get(spec.control, found)
     if "attributes" in needs:
-        block = _block(opened, spec.attributes, "attributes")
+        block = text_block(opened, spec.attributes, "attributes")
         blocks[block.name] = block.id
         every = tuple(_attributes(block, c) for c in ids)
         if spec.control != "none":

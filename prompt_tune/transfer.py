@@ -264,16 +264,19 @@ def base_to_novel_of(folder: Path, *, split: str = "test", part: int | None = No
     """
     run = read_run(folder)
     dataset = run["bindings"]["dataset"]
-    novel = _result(folder, run, evaluation_name(dataset, split, "novel"), part)
+    novel = _result(folder, run, evaluation_name(dataset, split, "novel"), part, "novel")
     base = base_to_novel(novel["on"]["of"]).base
     own = sorted(base) == sorted(c["id"] for c in run["bindings"]["classes"])
-    half = _result(folder, run, split if own else evaluation_name(dataset, split, "base"), part)
+    name = split if own else evaluation_name(dataset, split, "base")
+    half = _result(folder, run, name, part, None if own else "base")
     ours, other = (float(one["metrics"]["accuracy"]) for one in (half, novel))
     images = str(half["data"]), str(novel["data"])
     return BaseToNovel(ours, other, harmonic_mean(ours, other), images)
 
 
-def _result(folder: Path, run: dict[str, Any], name: str, part: int | None) -> dict[str, Any]:
+def _result(
+    folder: Path, run: dict[str, Any], name: str, part: int | None, classes: str | None
+) -> dict[str, Any]:
     place = metrics_file(folder, name, part)
     try:
         result = read_json(place)
@@ -281,5 +284,6 @@ def _result(folder: Path, run: dict[str, Any], name: str, part: int | None) -> d
         result = {}
     if not is_of(result, run):
         what = f"the run was not evaluated on {place.parent.name!r} with the weights it has now"
-        raise RunError(what, where=folder, do="Run `vademecum eval` first.")
+        with_them = "" if classes is None else f" with --classes {classes}"
+        raise RunError(what, where=folder, do=f"Run `vademecum eval`{with_them} first.")
     return result

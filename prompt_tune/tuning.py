@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cache.durable import storage_errors, write_atomic
 from cache.errors import RunError
 from cache.progress import say
 from prompt_tune import figures
-from prompt_tune.bindings import binding_digest, made_with
+from prompt_tune.bindings import binding_digest, differing, made_with
 from prompt_tune.checkpoint import FORMAT, RUN, STATE, WEIGHTS, read_run, write_json
 from prompt_tune.execution import Execution, executing
 from prompt_tune.loop import train
@@ -26,7 +26,7 @@ from prompt_tune.recipe import TuneRecipe
 from prompt_tune.rehearsal import planned
 from prompt_tune.run_folder import CURVES, SAMPLES, absolute, clear
 from prompt_tune.seeds import make_deterministic
-from prompt_tune.setup import Setup, pick_device, prepare
+from prompt_tune.setup import Setup, pick_device, prepare, used_knowledge
 from prompt_tune.shelf import Shelf
 
 PACKAGES = ("vademecum", "torch", "open_clip_torch", "transformers", "numpy", "scikit-learn")
@@ -94,11 +94,13 @@ def _execution(setup: Setup, earlier: Mapping[str, Any]) -> Execution:
 
 def _fit(setup: Setup, out: Path, digest: str) -> Mapping[str, Any]:
     method, spec = setup.method, setup.recipe.train
-    cases = setup.cases(setup.train, training=method.fitted_by == "gradient")
-    val = setup.cases(setup.val) if setup.val is not None else None
     if method.fitted_by == "nothing":
         return {}
-    if method.fitted_by == "solver":
+    solved = method.fitted_by == "solver"
+    cases = setup.cases(setup.train, training=not solved)
+    selects = solved or spec.select == "best-val"
+    val = setup.cases(setup.val) if setup.val is not None and selects else None
+    if solved:
         everything = torch.arange(len(cases))
         val_batch = val.batch(torch.arange(len(val))) if val is not None else None
         batch, began = cases.batch(everything), time.perf_counter()
@@ -125,11 +127,16 @@ def tune(
     the earlier run goes, its evaluations and sample lists with it.
 
     Raises:
-        VademecumError: bad recipe, data, cache or backbone; a folder of another run.
+        VademecumError: bad recipe, data, cache or backbone; a folder of another run; a missing
+            cache, even if the method reads none.
     """
     if out.is_file():
         raise RunError("the run folder is a file", where=out)
     make_deterministic(pick_device(device))
+    shelf, knowledge = shelf or Shelf(), used_knowledge([recipe], knowledge)
+    if not overwrite and (out / RUN).is_file():
+        source = shelf.data(data, recipe.classes)
+        _refuse_another(out, differing(read_run(out), recipe, {"dataset": source.dataset}))
     setup = prepare(
         recipe,
         data=data,
@@ -145,8 +152,7 @@ def tune(
     elif (out / RUN).is_file():
         run = read_run(out)
         if not made_with(run, recipe, setup.bindings):
-            what = "the folder holds another run"
-            raise RunError(what, where=out, do="Choose another --out, or pass --overwrite.")
+            _refuse_another(out, differing(run, recipe, setup.bindings) or ["its digest"])
         if run.get("status") == "finished":
             return RunResult(out, run, None)
         earlier, digest = run, run["digest"]
@@ -184,6 +190,18 @@ def tune(
     write_json(out / RUN, run)
     (out / STATE).unlink(missing_ok=True)
     return RunResult(out, run, setup)
+
+
+def _refuse_another(out: Path, keys: Sequence[str]) -> None:
+    """Nothing, if the run of a folder differs in no key.
+
+    Raises:
+        RunError: it differs; the first keys are named.
+    """
+    if keys:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        what = f"the folder holds another run; it differs in {', '.join(keys[:3])}{more}"
+        raise RunError(what, where=out, do="Choose another --out, or pass --overwrite.")
 
 
 def _local(recipe: TuneRecipe, data: str, knowledge: Path | None) -> dict[str, str | None]:

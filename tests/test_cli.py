@@ -1,5 +1,6 @@
 """What a user sees when something is wrong: one line and an exit code, nothing half-written."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.testing import CliRunner
+
+import cli
 
 COMMAND = Path(sys.executable).parent / "vademecum"
 
@@ -128,7 +132,7 @@ def test_an_absent_extra_is_one_line(
     )  # fmt: skip
     _refused(
         result, 7, f"needs the package '{package}', which is not installed. Install it with: "
-        f"pip install 'vademecum[{extra}]'.",
+        f"pip install -c constraints.txt -e '.[{extra}]' in the checkout.",
     )  # fmt: skip
 
 
@@ -143,10 +147,95 @@ def test_an_import_that_fails_inside_the_project_is_not_taken_for_an_absent_extr
     assert "ModuleNotFoundError" in result.stderr
 
 
+def test_the_version_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    found = CliRunner().invoke(cli.app, ["--version"])
+    number = importlib.metadata.version("vademecum")
+    assert (found.exit_code, found.stdout) == (0, f"vademecum {number}\n")
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    found = CliRunner().invoke(cli.app, ["--version"])
+    assert (found.exit_code, found.stdout) == (0, "vademecum (not installed)\n")
+
+
 def test_assets_verify_fails_where_one_is_not_there(tmp_path: Path) -> None:
     result = _run("assets", "verify", "minilm-l6-v2", home=tmp_path / "home")
     assert result.returncode == 3
     assert "absent" in result.stdout
+
+
+UNREACHABLE = """
+import pathlib, sys, time
+OUT = pathlib.Path("k.h5")
+time.sleep = lambda seconds: None  # between the client's attempts
+import huggingface_hub
+from cache.errors import VademecumError
+huggingface_hub.logging.set_verbosity_warning()
+NONE = dict(one_of=["b", "c"], others=["d", "e"])
+try:
+    {call}
+except VademecumError as error:
+    print(error, file=sys.stderr)
+assert huggingface_hub.logging.get_verbosity() == huggingface_hub.logging.WARNING
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        (
+            "from knowledge_extract.source import from_hub; from_hub('a/b', 'main', offline=False)",
+            ["a/b: revision 'main' is not on this machine", "HF_HUB_OFFLINE=1"],
+        ),
+        (
+            "import prompt_tune.hub_files as h; h.hub_folder('a/b', None, first='a.json', **NONE)",
+            ["a/b: the hub model has no a.json here", "HF_HUB_OFFLINE=1"],
+        ),
+        (
+            "from cache.sharing.remote import pull; pull('hf://a/b/k.h5', OUT)",
+            ["hf://a/b/k.h5: the connection failed"],
+        ),
+        (
+            "from knowledge_extract.source import _fetch_weights; _fetch_weights('a/b', 40 * 'c')",
+            [],
+        ),
+    ],
+    ids=["extract", "tune", "pull", "weights that may be here"],
+)
+def test_a_hub_that_is_not_reached_is_one_line(tmp_path: Path, call: str, parts: list[str]) -> None:
+    env = dict(os.environ, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "home"))
+    env.pop("HF_HUB_OFFLINE", None)
+    result = subprocess.run(
+        [sys.executable, "-c", UNREACHABLE.format(call=call)],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) == bool(parts), result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_a_hub_that_is_away_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from prompt_tune.hub_files import hub_folder
+
+    asked = []
+
+    def download(_repo: str, name: str, *, local_files_only: bool, **_: object) -> str:
+        asked.append((name, local_files_only))
+        if name in {"config", "weights"}:
+            return str(tmp_path / name)
+        raise huggingface_hub.errors.LocalEntryNotFoundError(name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = hub_folder("a/b", None, first="config", one_of=["weights"], others=["x", "y", "z"])
+    assert found == tmp_path
+    waited = {"config": False, "weights": False, "x": False, "y": True, "z": True}
+    assert dict(asked) == waited
 
 
 def test_no_room_for_a_hub_model_is_not_called_offline() -> None:

@@ -207,5 +207,5 @@ def _check_free(folder: Path, names: Mapping[str, str], *, overwrite: bool) -> N
         folder.mkdir(parents=True, exist_ok=True)
         there = [name for name in names.values() if os.path.lexists(folder / name)]
     if there and not overwrite:
-        what, do = "this file exists", "Choose another folder, or overwrite it on purpose."
+        what, do = "this file exists", "Choose another folder, or pass --overwrite."
         raise CacheMismatchError(what, where=folder / there[0], do=do)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cache.durable import write_atomic
+from cache.durable import make_folder, refuse_source_folder, storage_errors, write_atomic
 from cache.errors import CacheMismatchError, MissingExtraError
 from cache.inspect import verify
 from cache.recipe import canonical_json
@@ -43,6 +43,9 @@ def export_safetensors(file: Path, out: Path) -> Path:
             "vademecum_content_id": found.content_id,
             "vademecum_dataset": found.dataset,
         }
+        refuse_source_folder(out)
+        with storage_errors(out.parent):
+            make_folder(out.parent)
         if not write_atomic(out, _in_order(library.save(tensors, metadata)), replace=False):
             what = "this file exists"
             raise CacheMismatchError(what, where=out, do="Choose another name.")

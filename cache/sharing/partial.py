@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cache.durable import is_abandoned, storage_errors, unique_name
+from cache.durable import is_abandoned, make_folder, storage_errors, unique_name
 
 PARTIAL = ".pull-"
 
@@ -72,6 +72,7 @@ def partial_of(folder: Path, digest: str) -> Iterator[Partial]:
         StorageError: the operating system refused something.
     """
     with storage_errors(folder):
+        make_folder(folder)
         partial = Partial(folder, digest)
     try:
         yield partial

@@ -1,5 +1,6 @@
 """What libraries raise about a remote file, as one clear line without passwords or signatures."""
 
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from cache.durable import storage_errors
 from cache.errors import StorageError
 
+NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError"}  # of botocore
 RESUME = "Run the same command again; it goes on where it stopped."
 
 
@@ -38,6 +40,18 @@ def plain_reason(error: BaseException) -> str:
 
 
 @contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Silences the hub client's log, a line for every attempt: our error is one line of its own."""
+    log = importlib.import_module("huggingface_hub.utils.logging")
+    level = log.get_verbosity()
+    log.set_verbosity(log.CRITICAL)
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+
+
+@contextmanager
 def remote_errors(shown: str) -> Iterator[None]:
     """Turns what libraries raise into one line about `shown`; a missing file stays itself.
 
@@ -51,8 +65,10 @@ def remote_errors(shown: str) -> Iterator[None]:
         raise
     except network_errors() as error:
         refused = getattr(error, "status", None) in {401, 403}
+        refused = refused or type(error).__name__ in NO_CREDENTIALS
         if refused or (isinstance(error, PermissionError) and "://" in shown):
-            do = "Check your credentials (aws configure, hf auth login) or the permissions there."
+            do = "Set or check your credentials (aws configure, hf auth login) or the permissions "
+            do += "there."
             what = "no permission"
             raise StorageError(what, where=shown, found=plain_reason(error), do=do) from error
         if "://" not in shown and isinstance(error, OSError):

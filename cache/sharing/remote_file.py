@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from cache.durable import drafting, refuse_source_folder, write_atomic
+from cache.durable import drafting, make_folder, refuse_source_folder, write_atomic
 from cache.errors import CacheFormatError, MissingExtraError, RecipeError, StorageError
-from cache.sharing.remote_errors import network_errors, remote_errors
+from cache.extras import install
+from cache.sharing.remote_errors import network_errors, quiet_hub, remote_errors
 
 CHUNK = 8 << 20
-INSTALL = "Install it with: pip install 'vademecum[share]'."
 PACKAGES = {
     "s3": ("fsspec", "s3fs"),
     "hf": ("fsspec", "huggingface_hub"),
@@ -148,6 +148,7 @@ class LocalFile(Remote):
 
     def _put(self, file: Path) -> None:
         refuse_source_folder(self.path)
+        make_folder(self.path.parent)
         with file.open("rb") as source, drafting(self.path.parent) as draft:
             end = 0
             while chunk := source.read(CHUNK):
@@ -228,6 +229,17 @@ class HubFile(ObjectFile):
 
     scheme = "hf"
 
+    @contextmanager
+    def reading(self, start: int = 0) -> Iterator[Reader]:
+        """See `Remote.reading`."""
+        with quiet_hub(), super().reading(start) as stream:
+            yield stream
+
+    def put(self, file: Path) -> None:
+        """See `Remote.put`."""
+        with quiet_hub():
+            super().put(file)
+
     def _put(self, file: Path) -> None:
         system = _filesystem(self.scheme)
         place = system.resolve_path(self.address)
@@ -270,7 +282,7 @@ def remote_at(address: str, name: str | None = None) -> Remote:
     for package in PACKAGES.get(scheme, ()):
         if importlib.util.find_spec(package) is None:
             what = f"{scheme}:// needs the package {package!r}, which is not installed"
-            raise MissingExtraError(what, do=INSTALL)
+            raise MissingExtraError(what, do=install("share"))
     found = _KINDS[scheme](address)
     folder = address.endswith("/") or (isinstance(found, LocalFile) and found.path.is_dir())
     if folder and name is not None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from cache.errors import UnknownNameError
 from cache.registry import suggest
 
+FOLDER = Path(__file__).parent
+
 
 def preset_names() -> list[str]:
     """The names `preset_path` knows."""

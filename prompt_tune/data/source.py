@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache.errors import DataError
+from cache.errors import DataError, UnknownNameError
 from cache.progress import say
 from cache.recipe import load_recipe, read_yaml, validate
 from cache.registry import suggest
@@ -121,8 +121,16 @@ def open_data(spec: str | Path) -> Opened:
         what = f"this data set cannot be used here: {declaration.unsupported}"
         raise DataError(what, where=declaration.dataset)
     place = _place(declaration, base)
+    if declaration.path is not None and not Path(place).exists():
+        what, do = f"there is no {place}", "Check `path`; it is relative to the declaration."
+        raise DataError(what, where=spec, do=do)
     layout = declaration.layout
-    if layout is None:
+    if layout is not None:
+        try:
+            layout_named(layout)
+        except UnknownNameError as error:
+            raise UnknownNameError(str(error), where=spec) from error
+    else:
         layout = "hub" if declaration.hub is not None else layout_for(Path(place))
     declaration = _rooted(declaration, layout, base)
     found = layout_named(layout).read(place, declaration)

@@ -34,6 +34,10 @@ def test_every_dataset_is_a_tensor(make, sealed, tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["k.h5", "k.safetensors"]
 
 
+def test_its_folder_is_made(sealed, tmp_path):
+    assert export_safetensors(sealed, tmp_path / "new" / "k.safetensors").is_file()
+
+
 def test_the_same_cache_gives_the_same_bytes(sealed, tmp_path):
     code = (
         "import sys, pathlib; from cache.sharing.export import export_safetensors as e\n"

@@ -18,6 +18,7 @@ from cache.recipe import canonical_json
 def test_a_cache_is_described(make, sealed):
     facts = json.loads(json.dumps(inspect(sealed)))
     assert facts["dataset"] == "toy"
+    assert facts["verified"] is False
     assert facts["size"] == sealed.stat().st_size
     assert facts["blocks"]["layers"]["items"] == {"a-b.c": 2, "basophil": 2, "ig": 2}
     assert facts["blocks"]["layers"]["layers"] == [1, 2, 30]
@@ -25,7 +26,7 @@ def test_a_cache_is_described(make, sealed):
     assert facts["provenance"] == make.PROVENANCE
     text = describe(sealed)
     for piece in (
-        facts["content_id"],
+        facts["content_id"] + " (not verified: vademecum cache verify checks every byte)",
         "Ångström näme",
         "6 entries of states, 3 layers of width 5, f2",
         "bits: 4",

@@ -177,7 +177,7 @@ def test_whatever_is_refused_is_one_line(server, sealed, monkeypatch):
     with pytest.raises(CacheFormatError, match="the cache was closed"):
         _ = remote.classes
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'vademecum\[share\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install .* -e '.\[share\]' in the"):
         open_remote(url)
 
 

@@ -26,7 +26,7 @@ from cache.errors import (
 )
 from cache.sharing import remote_file
 from cache.sharing.remote import pull, push
-from cache.sharing.remote_errors import BrokenConnectionError
+from cache.sharing.remote_errors import BrokenConnectionError, remote_errors
 from cache.sharing.remote_file import LocalFile, remote_at
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +118,13 @@ def test_a_cache_goes_to_a_folder_and_comes_back(shared: Shared, file: Path, out
     assert not pulled.already and pulled.pinned and "pulled and verified" in pulled.describe()
     assert "not pinned" in pull(str(there / "k.h5"), out).describe()
     assert pull(str(there / "k.h5"), out).already
+
+
+def test_the_folders_of_both_ends_are_made(shared: Shared, file: Path, out: Path) -> None:
+    there = out.parent / "there" / "below"
+    push(file, f"{there}/")
+    pull(str(there / "k.h5"), out.parent / "here" / "below" / "mine.h5")
+    assert (out.parent / "here" / "below" / "mine.h5").read_bytes() == shared.data
 
 
 def test_the_same_content_twice_changes_nothing(file: Path, out: Path) -> None:
@@ -261,7 +268,9 @@ def test_a_missing_library_is_named(
         return None if name == package else object()
 
     monkeypatch.setattr(remote_file.importlib.util, "find_spec", find)
-    with pytest.raises(MissingExtraError, match=rf"{package}.*pip install 'vademecum\[share\]'"):
+    with pytest.raises(
+        MissingExtraError, match=rf"{package}.*pip install .* -e '.\[share\]' in the"
+    ):
         remote_at(address)
 
 
@@ -451,6 +460,13 @@ def test_two_pulls_at_once_end_with_one_sound_file(web: Any, shared: Shared, out
 
 
 # --- S3 ----------------------------------------------------------------------------------------
+
+
+def test_absent_credentials_are_said() -> None:
+    boto = pytest.importorskip("botocore.exceptions", reason="botocore is not installed")
+    said = r"s3://lab/k.h5: no permission; found NoCredentials.*Set or check your credentials"
+    with pytest.raises(StorageError, match=said), remote_errors("s3://lab/k.h5"):
+        raise boto.NoCredentialsError
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,14 @@ def whole(make, tmp_path_factory) -> Path:
     return path
 
 
+def test_the_folder_of_a_slice_is_made(whole, tmp_path):
+    slice_classes(whole, ["ig"], tmp_path / "new" / "below" / "s.h5")
+    assert [path.name for path in (tmp_path / "new" / "below").iterdir()] == ["s.h5"]
+    with pytest.raises(MissingKnowledgeError):
+        slice_classes(whole, ["absent"], tmp_path / "other" / "s.h5")
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_slice_holds_its_classes_and_no_more(make, whole, tmp_path):
     content_id = slice_classes(whole, ["ig", "a-b.c", "ig"], tmp_path / "s.h5")
     assert verify(tmp_path / "s.h5").content_id == content_id

@@ -190,6 +190,13 @@ def test_alignment_follows_the_labels_of_the_data(sealed):
         assert [record.id for record in aligned.unused] == ["basophil"]
 
 
+def test_a_modality_the_cache_does_not_state_fits_every_one(make, tmp_path):
+    classes = tuple(ClassRecord(c.id, c.name, "", c.source) for c in make.CLASSES)
+    make.cache_at(tmp_path / "k.h5", classes=classes)
+    with KnowledgeCache.open(tmp_path / "k.h5") as found:
+        assert found.align("toy", [("ig", "immature granulocyte", "x-ray")]).ids == ("ig",)
+
+
 @pytest.mark.parametrize(
     ("dataset", "classes", "error", "message"),
     [
@@ -204,13 +211,13 @@ def test_alignment_follows_the_labels_of_the_data(sealed):
             "toy",
             [("ig", "IG", None)],
             CacheMismatchError,
-            "'ig' has another name .* found 'immature granulocyte', wanted 'IG'",
+            "'ig' has another name .* found 'immature granulocyte', wanted 'IG'.* --classes names",
         ),
         (
             "toy",
             [("ig", "immature granulocyte", "x-ray")],
             CacheMismatchError,
-            "'ig' has another modality .* found 'blood smear', wanted 'x-ray'",
+            "'ig' has another modality .* found 'blood smear', wanted 'x-ray'.* from --modality",
         ),
         (
             "toy",

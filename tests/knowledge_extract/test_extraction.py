@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cache.errors import CacheMismatchError, ModelError, StorageError, ValueRefusedError
+from cache.errors import CacheMismatchError, ModelError, RecipeError, ValueRefusedError
 from cache.store import KnowledgeCache
 from knowledge_extract import crew, engine, extract
 from knowledge_extract.extraction import parts_folder
@@ -246,9 +246,17 @@ def test_a_text_longer_than_the_context_is_refused(make_recipe, recipe_data):
         prepare(make_recipe(classes=classes), CPU)
 
 
-def test_a_target_in_no_folder(make_recipe, tmp_path):
-    with pytest.raises(StorageError, match=r"absent: no such folder. Create it first."):
-        extract(make_recipe(), tmp_path / "absent" / "k.h5", CPU)
+def test_the_folder_of_a_target_is_made(make_recipe, tmp_path):
+    result = extract(make_recipe(), tmp_path / "absent" / "below" / "k.h5", CPU)
+    made = sorted(path.name for path in (tmp_path / "absent" / "below").iterdir())
+    assert made == ["k.h5", "k.h5.run.json"] and result.path.is_file()
+
+
+def test_a_refusal_makes_no_folder(make_recipe, tmp_path):
+    with pytest.raises(ModelError):
+        extract(make_recipe(model={"folder": "nowhere"}), tmp_path / "absent" / "k.h5", CPU)
+    with pytest.raises(RecipeError, match="--device: no such device; found 'gpu'"):
+        extract(make_recipe(), tmp_path / "absent" / "k.h5", RunSettings(device="gpu"))
     assert list(tmp_path.iterdir()) == []
 
 

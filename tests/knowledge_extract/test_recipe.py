@@ -25,6 +25,18 @@ def test_a_sound_recipe(make_recipe):
     ]  # fmt: skip
 
 
+def test_one_source_of_a_model_replaces_the_others_and_their_licence():
+    def model(*overrides):
+        recipe = load_extract_recipe("biomistral-7b-bloodmnist", [f"model.{o}" for o in overrides])
+        return recipe.model.model_dump(exclude_defaults=True)
+
+    assert model("folder=F", "licence=MIT") == {"folder": "F", "licence": "MIT"}
+    assert model("asset=A", "hub=null") == {"asset": "A"}
+    assert model("revision=v2")["licence"] == "Apache-2.0"
+    with pytest.raises(RecipeError, match=r"exactly one of.*'folder', 'gguf'"):
+        model("folder=F", "gguf=G")
+
+
 def test_an_unknown_key_names_the_nearest(recipe_data):
     refused(recipe_data | {"quantization": "nf4"}, "unknown key 'quantization'.*'quantisation'")
     block = {"kind": "states", "of": "answers", "poling": "mean"}

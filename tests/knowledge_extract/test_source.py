@@ -13,7 +13,7 @@ from huggingface_hub import errors as hub
 from safetensors.torch import load_file, save_file
 
 import knowledge_extract
-from cache.errors import MissingExtraError, ModelError, SystemRefusedError
+from cache.errors import MissingExtraError, ModelError, RecipeError, SystemRefusedError
 from cache.recipe import validate
 from knowledge_extract import source as sources
 from knowledge_extract.gguf import Conversion, kept_dtype
@@ -190,7 +190,7 @@ def absent(monkeypatch, package):
 
 def test_a_machine_without_the_stage_s_packages(monkeypatch):
     absent(monkeypatch, "transformers")
-    match = r"reading a language model needs the package 'transformers'.*vademecum\[extract\]"
+    match = r"reading a language model needs the package 'transformers'.* -e '.\[extract\]'"
     with pytest.raises(MissingExtraError, match=match):
         knowledge_extract.extract  # noqa: B018 - the attribute is what is tested
     assert knowledge_extract.RunSettings is RunSettings
@@ -213,6 +213,9 @@ def test_a_missing_extra_is_named(model_folder, monkeypatch, quantisation):
 def test_a_device_that_is_not_there():
     with pytest.raises(SystemRefusedError, match="the device 'cuda:7' cannot be used"):
         pick_device("cuda:7")
+    match = "^--device: no such device; found 'gpu', wanted cpu, cuda, cuda:N or auto$"
+    with pytest.raises(RecipeError, match=match):
+        pick_device("gpu")
 
 
 def test_layers_that_are_not_found():

@@ -13,12 +13,14 @@ import pytest
 from cache.errors import DataError, MissingKnowledgeError, RecipeError
 from cache.recipe import validate
 from cache.store import KnowledgeCache
-from prompt_tune.ablation import Variant, ablate, variants
+from prompt_tune.ablation import ablate
 from prompt_tune.backbone import BackboneSpec, load_backbone
+from prompt_tune.data.source import load_data
 from prompt_tune.method import Need
 from prompt_tune.method_groups import find_runs
 from prompt_tune.recipe import KnowledgeSpec, TuneRecipe
 from prompt_tune.texts import load_texts
+from prompt_tune.variants import Variant, distinct, variants
 
 CILMP = {"name": "cilmp", "prefix": 2, "suffix": 2, "rank": 2, "visual_depth": 0, "text_depth": 2}
 TEXTS = {"name": "zero-shot", "source": "texts"}
@@ -131,6 +133,43 @@ def test_another_source_is_another_cache_whatever_the_recipe_expects(
     assert [row["variant"] for row in found.rows] == ["cached", "source other"]
 
 
+@pytest.mark.parametrize(
+    ("method", "knowledge", "about", "left"),
+    [  # of 5 descriptions, 2 to 4 symptoms, 9 layers, 8 values
+        ({"name": "biomedcoop"}, {}, "texts", ["1 text", "4 texts"]),
+        ({"name": "biomedcoop"}, {"keep": 40}, "texts", ["1 text", "4 texts"]),
+        ({"name": "vip"}, {}, "texts", ["1 text"]),
+        (CILMP, {}, "rows", ["4 rows", "8 rows"]),
+        (CILMP, {"rows": "attributes"}, "rows", ["4 rows"]),
+    ],
+)
+def test_a_variant_that_keeps_all_is_the_recipe_itself(
+    world: SimpleNamespace,
+    method: dict[str, object],
+    knowledge: dict[str, object],
+    about: str,
+    left: list[str],
+) -> None:
+    recipe = recipe_of(method, knowledge=knowledge)
+    every = [v for v in variants(recipe) if v.about in (about, "knowledge")]
+    source = load_data(world.data)
+    found = distinct(every, recipe, KnowledgeCache.open(world.root / "one.h5"), source)
+    assert [v.name for v in found if v.about == about] == left
+    assert [v.name for v in found if v.about == "knowledge"] == ["shuffled", "random", "none"]
+
+
+def test_an_ablation_of_nothing_but_the_recipe_is_refused(world: SimpleNamespace) -> None:
+    recipe = recipe_of({"name": "biomedcoop"}, world.folder, knowledge={"keep": 1})
+    where = {"data": world.data, "knowledge": world.root / "one.h5", "out": world.root / "no"}
+    with pytest.raises(RecipeError, match="this method cannot be asked that"):
+        ablate(recipe, **where, only=["texts"])
+    rows = recipe_of(CILMP | {"prefix": 5, "suffix": 5}, world.folder)
+    match = "every variant would keep all that the recipe keeps of this cache; found at most 9"
+    with pytest.raises(RecipeError, match=match):
+        ablate(rows, **where, only=["rows"])
+    assert not (world.root / "no").exists()
+
+
 def test_a_variant_that_is_refused_is_said_and_the_others_stand(
     world: SimpleNamespace, toy: ModuleType
 ) -> None:
@@ -151,7 +190,7 @@ def test_a_variant_that_is_refused_is_said_and_the_others_stand(
 
 
 def test_a_row_says_more_than_its_metric_and_the_note_what_a_guess_scores(
-    world: SimpleNamespace,
+    world: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = world.root / "table"
     where = {"data": world.data, "knowledge": world.root / "one.h5", "out": out, "seeds": (1, 2)}
@@ -161,12 +200,16 @@ def test_a_row_says_more_than_its_metric_and_the_note_what_a_guess_scores(
         ablate(recipe, **where, metric="speed")
     assert not out.exists()
     found = ablate(recipe, **where, only=["texts"], metric="ece")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("variant")]
+    assert said == [f"variant {name}, seed {n}" for name in ("cached", "1 text") for n in (1, 2)]
     for row, folder in zip(found.rows, ("cached", "1-text"), strict=True):
         known = [json.loads((r / "eval/test/metrics.json").read_text())["metrics"]
                  for r in find_runs([out / folder])]  # fmt: skip
         for name, value in row["beside"].items():
             assert value == pytest.approx(statistics.fmean(one[name] for one in known))
         assert set(row["beside"]) == {"balanced_accuracy", "macro_f1"}
+    barely = replace(found, rows=({**found.rows[1], "ahead": [-0.0001, -0.0004, 0.1]},))
+    assert "+0.000 [+0.000, +0.100]" in barely.text("csv")
     head = replace(found, metric="macro_f1").text("csv").splitlines()[0]
     assert head.startswith("variant,about,macro F1,balanced accuracy,cached is ahead")
     base, one = found.rows[:2]

@@ -278,7 +278,7 @@ def test_more_rows_than_the_context_holds_are_refused(backbone: Backbone) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dropout": 1.0}, "method: dropout: .*less than 1"),
+        ({"dropout": 1.0}, "method: dropout: wrong value; found 1.0, wanted < 1"),
         ({"text_depth": 0}, "method: text_depth: "),
         ({"rnak": 8}, "unknown key 'rnak'. Did you mean 'rank'"),
     ],

@@ -299,12 +299,13 @@ def test_no_such_thing(tmp_path: Path) -> None:
                 "absent.npz": "npz",
             }[name],
         )
-        refused(path, r"no such (file|folder)\. Check the path")
+        refused(path, rf"{path}: there is no {tmp_path / name}\. Check `path`; it is relative to")
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     refused(tmp_path / "notes.txt", "no data layout fits this path")
     refused(
-        declaration(tmp_path, "path: x\nlayout: npx"), "unknown data layout 'npx'", UnknownNameError
-    )
+        declaration(tmp_path, "path: notes.txt\nlayout: npx"),
+        r"data\.yaml: unknown data layout 'npx'", UnknownNameError,
+    )  # fmt: skip
 
 
 def test_declaration_faults(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 import itertools
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +108,40 @@ def test_the_prediction_is_positive_grows_and_is_printed(
     shown = CliRunner().invoke(cli.app, ["demo", "--full", "--out", str(tmp_path / "out")])
     assert shown.exit_code == 0, shown.output
     assert "predicted: 10.0 hours of image encoding and training" in shown.stdout
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+import cli
+from prompt_tune import demo
+
+demo.LISTS = Path(sys.argv.pop(1))
+
+@cli.app.command()
+def wait():
+    print("waiting", flush=True)
+    time.sleep(60)
+
+cli.main()
+"""
+
+
+def test_an_interrupt_in_a_step_ends_the_demo(tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text("- assets list\n- wait\n- assets list --json\n")
+    words = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    job = subprocess.Popen(
+        [*words, "demo", "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=dict(os.environ, VADEMECUM_HOME=str(tmp_path / "home")),
+    )  # fmt: skip
+    assert job.stdout is not None
+    while (line := job.stdout.readline()) != "waiting\n":
+        assert line, "it ended before the second step"
+    job.send_signal(signal.SIGINT)
+    out, error = job.communicate(timeout=30)
+    assert (job.returncode, out) == (130, "")
+    assert error == "The same command goes on where this one stopped.\n"
 
 
 def test_the_speed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cli
-from cache.errors import RecipeError, RunError
+from cache.errors import MissingKnowledgeError, RecipeError, RunError
 from cache.recipe import validate
 from prompt_tune import many, shelf
 from prompt_tune.evaluation import evaluate
@@ -104,7 +104,7 @@ def test_what_is_finished_is_skipped(
 def test_a_bad_combination_is_refused_before_the_first_run(
     problem: SimpleNamespace, tmp_path: Path
 ) -> None:
-    with pytest.raises(RecipeError, match=r"method: unknown key 'rankk'. Did you mean 'rank'"):
+    with pytest.raises(RecipeError, match=r"unknown key 'method.rankk'. Did you mean 'rank'"):
         tune_many(
             recipe_of(problem),
             combinations((), {"method.rankk": (2,)}),
@@ -142,7 +142,7 @@ def test_on_the_command_line(problem: SimpleNamespace, tmp_path: Path) -> None:
     ]  # fmt: skip
     shown = CliRunner().invoke(cli.app, line)
     assert shown.exit_code == 0, shown.output
-    assert "2 runs in" in shown.stdout
+    assert f"2 runs in {tmp_path / 'runs'}, 0 were already finished" in shown.stdout
     as_json = CliRunner().invoke(cli.app, [*line, "--json"])
     rows = json.loads(as_json.stdout)
     assert [row["was_finished"] for row in rows] == [True, True]
@@ -200,5 +200,31 @@ def test_a_backbone_for_each_seed(problem: SimpleNamespace) -> None:
     recipe = recipe_of(problem, backbone={"aligned": "towers/backbone-{seed}"})
     found = [many._chosen(recipe, {"seed": seed}).backbone.aligned for seed in (3, 12)]
     assert [str(f) for f in found] == ["towers/backbone-3", "towers/backbone-12"]
+    gridded = many._chosen(recipe_of(problem), {"backbone.aligned": "of-{seed}", "seed": 3})
+    assert gridded.backbone.model_dump(exclude_none=True) == {"aligned": "of-3"}
+    with pytest.raises(RecipeError, match="exactly one place; found hub and aligned"):
+        many._chosen(recipe, {"backbone.aligned": "a", "backbone.hub": "h"})
     unseeded = many._chosen(recipe, {"train.lr": 0.1}).backbone.aligned
     assert str(unseeded) == "towers/backbone-{seed}"
+
+
+def test_a_cache_that_is_not_read_is_said_once_and_not_stored(
+    problem: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = {"data": problem.data, "knowledge": problem.knowledge}
+    plain = recipe_of(problem, method={"name": "zero-shot"})
+    line = f"method zero-shot reads no knowledge; {problem.knowledge} is not used"
+    run = tune(plain, out=tmp_path / "one", **where).run
+    assert run["local"]["knowledge"] is None
+    assert capsys.readouterr().err.count(line) == 1
+    tune_many(plain, combinations((1, 2), {}), out=tmp_path / "two", **where)
+    assert capsys.readouterr().err.count(line) == 1
+    sources = {"method.source": ("template", "texts")}
+    tune_many(plain, combinations((), sources), out=tmp_path / "grid", **where)
+    assert "reads no knowledge" not in capsys.readouterr().err
+    cilmp = recipe_of(problem, train={"epochs": 1, "batch_size": 3})
+    tune_many(cilmp, [{"knowledge.control": "none"}], out=tmp_path / "none", **where)
+    assert "reads no knowledge" not in capsys.readouterr().err
+    with pytest.raises(MissingKnowledgeError, match=r"absent\.h5: there is no such file"):
+        tune(plain, out=tmp_path / "no", data=problem.data, knowledge=tmp_path / "absent.h5")
+    assert not (tmp_path / "no").exists()

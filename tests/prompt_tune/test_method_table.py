@@ -9,13 +9,14 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from cache.errors import DataError, RecipeError, RunError
+from cache.errors import RecipeError, RunError
 from cache.recipe import validate
 from cli import app
-from prompt_tune.ablation import ablate, variants
+from prompt_tune.ablation import ablate
 from prompt_tune.many import combinations, tune_many
 from prompt_tune.method_table import compare_methods, find_runs
 from prompt_tune.recipe import TuneRecipe
+from prompt_tune.variants import variants
 
 METHODS = {"zero-shot": {}, "linear-probe": {}, "coop": {"n_context": 4}}
 CILMP = {"name": "cilmp", "prefix": 2, "suffix": 2, "rank": 2, "visual_depth": 0, "text_depth": 2}
@@ -106,7 +107,7 @@ def test_backbones_named_after_the_seed_are_one(world: SimpleNamespace, tmp_path
 
 def test_what_cannot_be_compared(world: SimpleNamespace, tmp_path: Path) -> None:
     runs = [world.root / "runs"]
-    with pytest.raises(DataError, match="no metric 'speed'"):
+    with pytest.raises(RecipeError, match="no metric 'speed'"):
         compare_methods(runs, split="test", metric="speed")
     with pytest.raises(RunError, match="not evaluated on 'val'"):
         compare_methods(runs, split="val")

@@ -70,6 +70,27 @@ def test_recomputed_metrics_are_exactly_the_original_ones(
     assert (tmp_path / f"q{suffix}").read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("patients", [False, True])
+def test_a_csv_names_its_classes_and_one_without_names_is_read(
+    tmp_path: Path, patients: bool
+) -> None:
+    found, path = made(patients=patients), tmp_path / "p.csv"
+    save_predictions(found, path)
+    with path.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["label_class"] for row in rows} == {"'=1+1", 'two, "quoted"', "drei"}
+    for row in rows:
+        for kind in ("label", "predicted"):
+            name = found.class_names[int(row[kind])]
+            assert row[f"{kind}_class"].removeprefix("'") == name
+    with (tmp_path / "old.csv").open("w", newline="") as stream:
+        kept = [name for name in rows[0] if not name.endswith("_class")]
+        writer = csv.DictWriter(stream, kept, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert same(load_predictions(tmp_path / "old.csv"), found)
+
+
 def test_probabilities_are_the_softmax_even_of_huge_logits() -> None:
     found = Predictions.of(np.array([[1000.0, 1000.0, -1000.0]]), split_of(1))
     assert found.probabilities.tolist() == [[0.5, 0.5, 0.0]]

@@ -105,7 +105,13 @@ def test_an_evaluation_in_words() -> None:
     assert lines["three"].split()[1:3] == ["0", "–"]
     assert "no AUROC, for want of cases or of other cases: three" in text
     assert text.endswith("predictions, metrics and figures: runs/x")
-    assert "4 images," in describe_evaluation(result(part=False), Path("x"))
+    whole = result(part=False)
+    assert "4 images," in describe_evaluation(whole, Path("x"))
+    scaled = {"temperature": 1.0, "fitted_on": 1, "ece": 0.1, "nll": 0.2}
+    one = describe_evaluation(whole | {"images": 1, "split_images": 1, "scaled": scaled}, Path("x"))
+    assert one.startswith("test: 1 image, 95 %")
+    assert "from 1 validation image " in one
+    assert shown(Interval(-0.0001, -0.0004, 0.2)) == "0.000 [0.000, 0.200]"
 
 
 def test_an_evaluation_reads_the_same_from_its_file() -> None:

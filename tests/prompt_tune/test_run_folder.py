@@ -136,6 +136,24 @@ def test_a_stale_evaluation_is_not_compared(problem: SimpleNamespace, tmp_path: 
     assert compare_runs([out], split="test").rows
 
 
+def test_a_report_of_two_data_sets_names_the_command_for_them(
+    problem: SimpleNamespace, tmp_path: Path, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zero = recipe_of(problem, method={"name": "zero-shot"})
+    places = {"one": problem.data, "part": problem.data}
+    monkeypatch.setattr(toy, "DATASET", "others")
+    places["two"] = str(toy.images(tmp_path / "images", test=3))
+    for name, data in places.items():
+        tune(zero, data=data, out=tmp_path / name)
+        evaluate(tmp_path / name, part=6 if name == "part" else None, resamples=10)
+    (tmp_path / "part" / "eval" / "test-6").rename(tmp_path / "part" / "eval" / "test")
+    advice = r"on different images; found .*/one and .*"
+    with pytest.raises(RunError, match=rf"{advice}/two\. Use `vademecum compare` for several data"):
+        compare_runs([tmp_path / "one", tmp_path / "two"], split="test")
+    with pytest.raises(RunError, match=rf"{advice}/part$"):
+        compare_runs([tmp_path / "one", tmp_path / "part"], split="test")
+
+
 def test_many_runs_evaluate_again_what_is_stale(
     problem: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from cache.store import KnowledgeCache
 from prompt_tune.bindings import LATER, made_with
 from prompt_tune.checkpoint import STATE, WEIGHTS
 from prompt_tune.evaluation import evaluate
+from prompt_tune.features import store_of
 from prompt_tune.recipe import TuneRecipe, load_tune_recipe
 from prompt_tune.tuning import tune
 
@@ -75,6 +76,33 @@ def test_every_method_runs_and_evaluates(
     }  # fmt: skip
     tensors = safetensors.torch.load_file(tmp_path / "run" / WEIGHTS)
     assert sum(t.numel() for t in tensors.values()) == run["parameters"]["scalars"]
+
+
+@pytest.mark.parametrize(
+    ("method", "select", "read"),
+    [
+        ("zero-shot", "last", 0),
+        ("coop", "last", 4 * 3),
+        ("coop", "best-val", 4 * 3 + 1 * 3),
+        ("tip-adapter", "last", 4 * 3 + 1 * 3),
+    ],
+)
+def test_only_images_that_a_method_reads_are_encoded(
+    problem: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    select: str,
+    read: int,
+) -> None:
+    monkeypatch.setenv("VADEMECUM_HOME", str(tmp_path / "home"))
+    train = {"epochs": 1, "batch_size": 4, "select": select}
+    recipe = _recipe(problem, method={"name": method}, train=train)
+    result = tune(recipe, data=problem.data, out=tmp_path / "run")
+    assert result.setup is not None
+    splits = [split for split in (result.setup.train, result.setup.val) if split is not None]
+    store = store_of(result.setup.backbone, 0, 0)
+    assert sum(digest in store for split in splits for digest in split.digests) == read
 
 
 def test_training_lowers_the_loss_and_the_linear_probe_separates(
@@ -166,6 +194,7 @@ import json, sys
 import prompt_tune.loop as loop
 from pathlib import Path
 from cache.recipe import validate
+from prompt_tune.features import store_of
 from prompt_tune.recipe import TuneRecipe
 from prompt_tune.tuning import tune
 spec = json.loads(sys.argv[1])
@@ -258,8 +287,36 @@ def test_a_finished_run_is_not_run_again(problem: SimpleNamespace, tmp_path: Pat
     time.sleep(0.01)
     _tune(problem, tmp_path / "r", recipe)
     assert (tmp_path / "r" / WEIGHTS).stat().st_mtime_ns == stamp
-    with pytest.raises(RunError, match=r"holds another run.*--overwrite"):
-        _tune(problem, tmp_path / "r", _recipe(problem, method={"name": "coop"}, seed=2))
+
+
+def test_what_makes_it_another_run_is_named(
+    problem: SimpleNamespace, tmp_path: Path, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cilmp = {"method": CILMP | {"text_depth": 2}, "train": {"epochs": 1, "batch_size": 4}}
+    _tune(problem, tmp_path / "r", _recipe(problem, **cilmp))
+    toy.cache(tmp_path / "one.h5", classes=(*toy.CLASSES, "basophil"))
+    same = {"knowledge": tmp_path / "one.h5"}  # other rows under the same names
+    monkeypatch.setattr(toy, "DATASET", "others")
+    other = {"data": str(toy.images(tmp_path / "images"))}
+    toy.cache(tmp_path / "two.h5")
+    train = cilmp["train"] | {"lr": 0.5, "warmup_epochs": 0, "flip": False}
+    many = {"train": train, "samples": {"shots": 2}, "seed": 2, "method": CILMP | {"rank": 3}}
+    for changes, where, keys in (
+        ({"seed": 2}, {}, "seed"),
+        ({"samples": {"shots": 2, "val_shots": 1}}, {}, "samples.shots"),
+        (many, {}, "method.text_depth, method.rank, samples.shots and 4 more"),
+        ({}, same, "cache"),
+        ({}, other | {"knowledge": tmp_path / "two.h5"}, "dataset"),
+    ):
+        named = {"data": problem.data, "knowledge": problem.knowledge} | where
+        with pytest.raises(RunError) as caught:
+            tune(_recipe(problem, **{**cilmp, **changes}), out=tmp_path / "r", **named)
+        assert str(caught.value) == (
+            f"{tmp_path / 'r'}: the folder holds another run; it differs in {keys}. "
+            "Choose another --out, or pass --overwrite."
+        )
+    with pytest.raises(RunError, match=r"is of data set toy-cells and the data are others\. Pass"):
+        evaluate(tmp_path / "r", data=other["data"])
 
 
 def test_where_the_backbone_lies_is_no_part_of_a_run(
@@ -348,7 +405,7 @@ def test_bad_input_is_one_line(problem: SimpleNamespace, tmp_path: Path, toy: Mo
         lambda: _recipe(problem, method={"name": "copp"}),
     )  # fmt: skip
     _fails(
-        RecipeError, "unknown key 'rnak'. Did you mean 'rank'",
+        RecipeError, "unknown key 'method.rnak'. Did you mean 'rank'",
         lambda: _recipe(problem, method=CILMP | {"rnak": 3}),
     )  # fmt: skip
     _fails(
@@ -363,6 +420,7 @@ def test_bad_input_is_one_line(problem: SimpleNamespace, tmp_path: Path, toy: Mo
     )  # fmt: skip
     assert not (tmp_path / "bad").exists() and not (tmp_path / "shots").exists()
     _tune(problem, tmp_path / "bad", _recipe(problem, method={"name": "zero-shot"}))
+    (tmp_path / "bad" / "run.json").unlink()
     _fails(DataError, "drawn with another number of shots; found 4, wanted 50", lambda: go(shots))
     _fails(RunError, "not a run folder", lambda: evaluate(tmp_path / "nothing"))
     (tmp_path / "file").write_text("x")

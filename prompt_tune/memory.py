@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from prompt_tune.execution import Execution, Precision
+from prompt_tune.towers.attention import FEW
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Tower:
         heads: of the attention.
         depth: number of blocks.
         itemsize: bytes of a weight.
+        on_cpu: where it runs.
     """
 
     width: int
@@ -37,10 +39,15 @@ class Tower:
     heads: int
     depth: int
     itemsize: int = 4
+    on_cpu: bool = False
 
     def product(self, precision: Precision) -> int:
         """Bytes of an element of a matrix product's result."""
         return 2 if precision == "bf16" else self.itemsize
+
+    def attended(self, precision: Precision, queries: int) -> int:
+        """Bytes of an element of query, key and value in fused attention of a class or image."""
+        return 4 if self.on_cpu and queries <= FEW else self.product(precision)
 
     def weights(self, precision: Precision) -> int:
         """Bytes of the weights of one block in another precision than they are stored in."""
@@ -78,7 +85,7 @@ class ImageStep:
             else:
                 out = self.tokens if k < self.stages - 1 else keys
                 wide = (out + (entering if k else 0)) * tower.itemsize
-                attention = 2 * (out + keys) * item
+                attention = 2 * (out + keys) * tower.attended(precision, out)
                 own = tower.width * (wide + attention) + out * tower.hidden * item
                 found.append(self.batch * own)
         return found
@@ -165,8 +172,10 @@ class TextStep:
             attention = tower.width * (2 * queries + 2 * own)
             scores = keys // classes + self.context + 1 + (self.rank + 1 if self.rank else 0)
             attention += queries * tower.heads * scores
+            attention *= item
         else:
             attention = 2 * tower.width * (queries + keys)
+            attention *= tower.attended(precision, max(leaving))
         wide = sum(leaving) + (sum(entering) if self.causal and k else 0)
         if not self.causal:
             wide += sum(leaving)
@@ -175,7 +184,7 @@ class TextStep:
         shared = self.context + 1 + (self.rank + 1 if self.rank else 0)
         shared += sum(self.rows) if self.rank and not k else 0
         fixed = 2 * tower.width * shared * item + tower.weights(precision)
-        return self.batch * (own + attention * item) + fixed
+        return self.batch * (own + attention) + fixed
 
     def kept(self, precision: Precision, *, classes: int | None = None) -> int:
         """Bytes kept until the backward, with at most so many classes at a time."""

@@ -104,5 +104,6 @@ def _interventions(method: Method, stages: Sequence[Stage]) -> dict[str, Any]:
 
 
 def _size(tower: ImageTower | TextTower) -> Tower:
-    first = tower.blocks[0]
-    return Tower(tower.width, first.hidden, first.heads, len(tower.blocks), tower.dtype.itemsize)
+    first, on_cpu = tower.blocks[0], tower.device.type == "cpu"
+    sizes = tower.width, first.hidden, first.heads, len(tower.blocks), tower.dtype.itemsize
+    return Tower(*sizes, on_cpu=on_cpu)

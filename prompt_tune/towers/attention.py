@@ -21,7 +21,7 @@ from prompt_tune.towers.parts import Part
 
 Query = Float[Tensor, "b c heads n d"]
 Scores = Float[Tensor, "b c heads n m"]
-_FEW = 64  # queries
+FEW = 64  # queries
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +252,7 @@ def _fused(query: Tensor, keys: Sequence[KeyValue], unseen: Tensor | None) -> Te
         mask = ~unseen[:, None].expand(classes, heads, -1, -1).flatten(0, 1)[None]
     query = query.reshape(batch, classes * heads, n, width)
     # PyTorch's kernel for CPUs takes 2 to 7 times as long back through few queries in bf16.
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and n <= _FEW:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and n <= FEW:
         with torch.autocast("cpu", enabled=False):
             query, key, value = query.float(), key.float(), value.float()
             out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).bfloat16()

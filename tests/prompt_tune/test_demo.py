@@ -111,11 +111,12 @@ def test_the_prediction_is_positive_grows_and_is_printed(
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import cli
 from prompt_tune import demo
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 demo.LISTS = Path(sys.argv.pop(1))
 
 @cli.app.command()
@@ -139,7 +140,10 @@ def test_an_interrupt_in_a_step_ends_the_demo(tmp_path: Path) -> None:
     while (line := job.stdout.readline()) != "waiting\n":
         assert line, "it ended before the second step"
     job.send_signal(signal.SIGINT)
-    out, error = job.communicate(timeout=30)
+    try:
+        out, error = job.communicate(timeout=30)
+    finally:
+        job.kill()
     assert (job.returncode, out) == (130, "")
     assert error == "The same command goes on where this one stopped.\n"
 

@@ -81,8 +81,13 @@ def test_kill_9_while_committing_loses_nothing(tmp_path):
 
 
 def test_kill_9_while_sealing_and_merging_loses_nothing(scratch):
-    found = kill_scenes(30, 2, scratch)
-    assert (found.lost, found.wrong) == (0, 0), found.why
+    for seed in (2, 12, 22):  # on a busy machine most kills may come too early or too late
+        place = scratch / str(seed)
+        place.mkdir()
+        found = kill_scenes(30, seed, place)
+        assert (found.lost, found.wrong) == (0, 0), found.why
+        if found.inside > 3:
+            break
     assert found.inside > 3, "the kills missed the work"
 
 

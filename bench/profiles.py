@@ -9,7 +9,6 @@ processor time (of the GPU's on a GPU) that operations take themselves, without 
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # bench/cache.py is n
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.tune import FUSED, backbone_of, case_of, work
+from bench.tune import FUSED, backbone_of, case_of, seconds_of, work
 from prompt_tune.seeds import make_deterministic
 
 KINDS = {
@@ -37,19 +36,15 @@ def kind_of(name: str) -> str:
 
 
 def profiled(step: Callable[[], Any], repeats: int = 3) -> dict[str, Any]:
-    """Shares of a step's time by kind, the largest of all else, processor seconds and GFLOP."""
+    """Shares of a step's time by kind, the largest of all else, its seconds and GFLOP."""
     step()
-    best = float("inf")
-    for _ in range(repeats):
-        began = time.process_time()
-        step()
-        best = min(best, time.process_time() - began)
+    gpu = torch.cuda.is_available()
+    best = min(seconds_of(step, "cuda" if gpu else "cpu") for _ in range(repeats))
     with FlopCounterMode(display=False, custom_mapping=FUSED) as flops:
         step()
     with torch.profiler.profile() as profile:
         for _ in range(repeats):
             step()
-    gpu = torch.cuda.is_available()
     own = {
         event.key: event.self_device_time_total if gpu else event.self_cpu_time_total
         for event in profile.key_averages()

@@ -17,6 +17,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from functools import cache as remembered
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -45,8 +46,9 @@ def models_in(annotation: Any) -> Iterator[Model]:
 def below_fields(model: Model) -> dict[str, str]:
     """The string that stands below a field, by key."""
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(model))).body
+    assert isinstance(tree, ast.ClassDef)
     found = {}
-    for field, after in zip(tree.body, tree.body[1:], strict=False):  # type: ignore[attr-defined]
+    for field, after in pairwise(tree.body):
         match field, after:
             case ast.AnnAssign(ast.Name(key)), ast.Expr(ast.Constant(str() as text)):
                 found[key] = text

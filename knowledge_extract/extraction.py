@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cache.devices import check_device
 from cache.durable import sweep, write_json_atomic
 from cache.errors import CacheMismatchError, StorageError, VademecumError
 from cache.plain import first_difference
@@ -22,7 +23,6 @@ from knowledge_extract.cloze import Filler
 from knowledge_extract.crew import Crew, Workplace
 from knowledge_extract.engine import Fp16OverflowError
 from knowledge_extract.job import Job, prepare
-from knowledge_extract.model import check_device
 from knowledge_extract.processes import crew_for
 from knowledge_extract.recipe import ExtractRecipe
 from knowledge_extract.settings import RunSettings

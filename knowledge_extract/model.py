@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache.errors import ModelError, RecipeError, SystemRefusedError
+from cache.devices import check_device
+from cache.errors import ModelError, SystemRefusedError
 from cache.extras import need
 from knowledge_extract.quiet import quiet
 from knowledge_extract.settings import RunSettings
@@ -44,20 +45,6 @@ class LanguageModel:
         recurrent = getattr(self.model, "_is_stateful", False)
         alone = self.quantisation == "int8" or recurrent or (window and tokens > window)
         return 1 if alone else None
-
-
-def check_device(wanted: str) -> None:
-    """Nothing, if `wanted` is the name of a device, here or elsewhere.
-
-    Raises:
-        RecipeError: it is not.
-    """
-    try:
-        if wanted != "auto":
-            torch.device(wanted)
-    except RuntimeError:
-        what, known = "no such device", "cpu, cuda, cuda:N or auto"
-        raise RecipeError(what, where="--device", found=repr(wanted), wanted=known) from None
 
 
 def pick_device(wanted: str) -> str:

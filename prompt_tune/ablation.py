@@ -107,14 +107,14 @@ def ablate(  # noqa: PLR0913 - a whole experiment
         device: of all runs.
 
     Raises:
-        RecipeError: see `variants`; an unknown question, or one that this cache cannot be asked.
-        DataError: no such metric.
+        RecipeError: see `variants`; no such metric; an unknown question, or one that this cache
+            cannot be asked.
         VademecumError: see `tune`, for the recipe as it stands; for variants, what no other recipe,
             cache or data would mend.
     """
     if metric not in MEASURES:
         what = f"no metric {metric!r}"
-        raise DataError(what, wanted=", ".join(MEASURES))
+        raise RecipeError(what, wanted=", ".join(MEASURES))
     every = variants(recipe, sources)
     asked = {v.about for v in every[1:]}
     if only is not None and not set(only) <= asked:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from cache.devices import check_device
 from cache.durable import storage_errors
-from cache.errors import DataError, MissingKnowledgeError, RecipeError, SystemRefusedError
+from cache.errors import DataError, MissingKnowledgeError, SystemRefusedError
 from cache.progress import say
 from prompt_tune.alignment_record import AlignmentRecord
 from prompt_tune.backbone import Backbone, BackboneSpec
@@ -81,13 +82,9 @@ def pick_device(device: str) -> str:
         RecipeError: no name of a device.
         SystemRefusedError: a device this machine does not have.
     """
+    check_device(device)
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.device(device)
-    except RuntimeError:
-        what, known = "no such device", "cpu, cuda, cuda:N or auto"
-        raise RecipeError(what, where="--device", found=repr(device), wanted=known) from None
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

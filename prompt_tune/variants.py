@@ -10,6 +10,7 @@ from cache.store import KnowledgeCache
 from prompt_tune.data.source import DataSource
 from prompt_tune.knowledge import sizes
 from prompt_tune.recipe import TuneRecipe
+from prompt_tune.tables import counted
 
 BASE = "cached"
 RANKS = (1, 2, 4, 8, 16)
@@ -89,7 +90,7 @@ def variants(recipe: TuneRecipe, sources: Mapping[str, Path] | None = None) -> l
         ]
     if needs & {"texts", "symptoms"}:
         made += [
-            Variant(f"{keep} text{'s' * (keep > 1)}", "texts", {"knowledge.keep": keep})
+            Variant(counted(keep, "text"), "texts", {"knowledge.keep": keep})
             for keep in TEXTS
             if keep < (recipe.knowledge.keep or keep + 1)
         ]

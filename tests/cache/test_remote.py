@@ -463,10 +463,11 @@ def test_two_pulls_at_once_end_with_one_sound_file(web: Any, shared: Shared, out
 
 
 def test_absent_credentials_are_said() -> None:
-    boto = pytest.importorskip("botocore.exceptions", reason="botocore is not installed")
+    from botocore.exceptions import NoCredentialsError
+
     said = r"s3://lab/k.h5: no permission; found NoCredentials.*Set or check your credentials"
     with pytest.raises(StorageError, match=said), remote_errors("s3://lab/k.h5"):
-        raise boto.NoCredentialsError
+        raise NoCredentialsError
 
 
 @pytest.fixture(scope="module")

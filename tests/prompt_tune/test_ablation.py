@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cache.errors import DataError, MissingKnowledgeError, RecipeError
+from cache.errors import MissingKnowledgeError, RecipeError
 from cache.recipe import validate
 from cache.store import KnowledgeCache
 from prompt_tune.ablation import ablate
@@ -196,7 +196,7 @@ def test_a_row_says_more_than_its_metric_and_the_note_what_a_guess_scores(
     where = {"data": world.data, "knowledge": world.root / "one.h5", "out": out, "seeds": (1, 2)}
     train, knowledge = {"epochs": 1, "batch_size": 3, "lr": 0.1, "warmup_epochs": 0}, {"keep": 2}
     recipe = recipe_of({"name": "biomedcoop"}, world.folder, train=train, knowledge=knowledge)
-    with pytest.raises(DataError, match="no metric 'speed'; wanted accuracy"):
+    with pytest.raises(RecipeError, match="no metric 'speed'; wanted accuracy"):
         ablate(recipe, **where, metric="speed")
     assert not out.exists()
     found = ablate(recipe, **where, only=["texts"], metric="ece")
